@@ -1,0 +1,211 @@
+"""One flat, frozen configuration with Hugging Face's names, and the paper's settings as presets."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from mezo.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeZOConfig:
+    """Everything that decides a run. Defaults are the paper's RoBERTa setting (arXiv 2305.17333, appendix E.3).
+
+    Args:
+        model_name_or_path: Folder or Hub name of a decoder language model or an encoder.
+        model_revision: Branch, tag or commit on the Hub.
+        dtype: Weights' type: auto, float32, bfloat16 or float16. auto is the checkpoint's on a GPU, float32 on a CPU.
+        attn_implementation: Attention of transformers: sdpa, eager, …; transformers' choice if not given.
+        trust_remote_code: Run modelling code that comes with the model.
+        engine: Engine that evaluates the model: torch.
+        use_cpu: Stay on the CPU even if there is a GPU.
+        dataset_name: jsonl, json, csv or parquet file, folder of such files, or Hub name.
+        dataset_config: Configuration of the data set on the Hub (`sst2` of `glue`, say).
+        dataset_train_split: Split to train on.
+        dataset_test_split: Split to evaluate on.
+        eval_dataset_name: File, folder or Hub name to evaluate on, if that is another than dataset_name.
+        validation_size: Rows held out of the training split by seed: a share below 1, or a number of rows.
+        max_train_samples: Train on that many rows, drawn by seed.
+        max_eval_samples: Evaluate on that many rows, drawn by seed.
+        template: Prompt with the row's columns in braces, `{text} It was [MASK].`; [MASK] stands for the mask token.
+        label_words: Word for each label, `{"0": "terrible", "1": "great"}`.
+        label_column: Column that holds the label.
+        max_length: Longest input in tokens; the model's context if not given.
+        use_peft: Train an adapter instead of all parameters.
+        peft_type: Kind of adapter: lora or prefix_tuning.
+        lora_r: Rank of LoRA.
+        lora_alpha: LoRA's update is multiplied by lora_alpha / lora_r.
+        lora_target_modules: Names of the linear modules that get an adapter; queries and values if not given.
+        num_virtual_tokens: Length of the prefix.
+        output_dir: Folder of the run: journal, checkpoints, final weights, trainer_state.json.
+        max_steps: Steps to train.
+        per_device_train_batch_size: Examples in a forward pass.
+        gradient_accumulation_steps: Batches of that size in a step.
+        per_device_eval_batch_size: Examples in a forward pass of the evaluation.
+        learning_rate: Constant learning rate of SGD.
+        weight_decay: Decoupled weight decay; biases and norms are skipped.
+        epsilon: Half the distance between the two evaluations, in units of z.
+        normalize_perturbations: Scale z of each tensor to unit norm. The learning rate must grow by about ‖z‖², that
+            is the tensor's number of elements, to move the weights as before, and epsilon by ‖z‖.
+        seed: Seed of directions, data order, splits and fresh parameters.
+        data_seed: Another seed for the data order and splits.
+        logging_steps: Steps between two log entries.
+        logging_first_step: Log the first step too.
+        eval_steps: Steps between two evaluations; only at the end if not given.
+        eval_on_start: Evaluate before the first step too.
+        save_steps: Steps between two checkpoints.
+        save_total_limit: Checkpoints to keep; the best one is always kept.
+        load_best_model_at_end: Make the best checkpoint the final result.
+        metric_for_best_model: Evaluation metric that decides which checkpoint is the best: loss or accuracy.
+        resume_from_checkpoint: Go on with the run in output_dir, if there is one, where its journal ends.
+        report_to: Trackers as in transformers: none, tensorboard, wandb, trackio, …
+        run_name: Name of the run for the trackers.
+        disable_tqdm: Show no progress bar.
+    """
+
+    model_name_or_path: str
+    model_revision: str = "main"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    attn_implementation: str | None = None
+    trust_remote_code: bool = False
+    engine: Literal["torch"] = "torch"
+    use_cpu: bool = False
+
+    dataset_name: str | None = None
+    dataset_config: str | None = None
+    dataset_train_split: str = "train"
+    dataset_test_split: str | None = None
+    eval_dataset_name: str | None = None
+    validation_size: float = 0.0
+    max_train_samples: int | None = None
+    max_eval_samples: int | None = None
+    template: str | None = None
+    label_words: dict[str, str] | None = None
+    label_column: str = "label"
+    max_length: int | None = None
+
+    use_peft: bool = False
+    peft_type: Literal["lora", "prefix_tuning"] = "lora"
+    lora_r: int = 8
+    lora_alpha: float = 16.0
+    lora_target_modules: list[str] | None = None
+    num_virtual_tokens: int = 5
+
+    output_dir: str = "trainer_output"
+    max_steps: int = 10_000
+    per_device_train_batch_size: int = 64
+    gradient_accumulation_steps: int = 1
+    per_device_eval_batch_size: int = 64
+    learning_rate: float = 1e-6
+    weight_decay: float = 0.0
+    epsilon: float = 1e-3
+    normalize_perturbations: bool = False
+    seed: int = 42
+    data_seed: int | None = None
+
+    logging_steps: int = 100
+    logging_first_step: bool = True
+    eval_steps: int | None = None
+    eval_on_start: bool = False
+    save_steps: int = 500
+    save_total_limit: int | None = 2
+    load_best_model_at_end: bool = False
+    metric_for_best_model: Literal["loss", "accuracy"] = "loss"
+    resume_from_checkpoint: bool = False
+    report_to: str = "none"
+    run_name: str | None = None
+    disable_tqdm: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "epsilon", "lora_alpha"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise UserError(f"{name} must be a positive number, got {value}")
+        for name in _COUNTS:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name} must be at least 1, got {value}")
+        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
+            raise UserError(f"weight_decay must be 0 or more, got {self.weight_decay}")
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"seed must lie in [0, 2**63), got {self.seed}")
+        if self.validation_size < 0 or (self.validation_size >= 1 and self.validation_size % 1):
+            raise UserError(
+                f"validation_size must be a share below 1 or a whole number of rows, got {self.validation_size}"
+            )
+
+    @property
+    def batch_size(self) -> int:
+        """Examples in a step."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+    def to_dict(self) -> dict[str, object]:
+        """All fields, JSON-compatible."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, object]) -> MeZOConfig:
+        """The config of `to_dict`; an unknown key is an error that names the nearest valid one."""
+        names = [f.name for f in dataclasses.fields(cls)]
+        for key in values:
+            if key not in names:
+                raise UserError(unknown_key_message(key, names))
+        return cls(**values)  # type: ignore[arg-type]
+
+
+_COUNTS = (
+    "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "per_device_eval_batch_size",
+    "lora_r", "num_virtual_tokens", "logging_steps", "eval_steps", "save_steps", "save_total_limit", "max_length",
+    "max_train_samples", "max_eval_samples",
+)  # fmt: skip
+
+
+def unknown_key_message(key: str, valid: list[str]) -> str:
+    """One line about an unknown option, with the nearest valid name."""
+    nearest = difflib.get_close_matches(key, valid, n=1, cutoff=0.0)
+    return f"unknown option {key!r}; the nearest valid one is {nearest[0]!r}"
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A setting of the paper: the learning rates it searches, and config values to start from."""
+
+    source: str
+    learning_rates: tuple[float, ...]
+    values: Mapping[str, object]
+
+    def config(self, **values: object) -> MeZOConfig:
+        """A config from this preset; `values` win over it. Starts from the middle of the learning-rate grid."""
+        middle = sorted(self.learning_rates)[len(self.learning_rates) // 2]
+        return MeZOConfig.from_dict({"learning_rate": middle, **self.values, **values})
+
+
+_ROBERTA = {"per_device_train_batch_size": 64, "max_steps": 100_000, "eval_steps": 10_000}
+_OPT = {"per_device_train_batch_size": 16, "max_steps": 20_000, "eval_steps": 4_000}
+_LORA = {"use_peft": True, "peft_type": "lora", "lora_r": 8, "lora_alpha": 16.0}
+_PREFIX = {"use_peft": True, "peft_type": "prefix_tuning", "num_virtual_tokens": 5, "epsilon": 1e-1}
+_TABLE_ROBERTA = "MeZO, arXiv 2305.17333v3, table 15 (RoBERTa-large)"
+_TABLE_OPT = "MeZO, arXiv 2305.17333v3, table 16 (OPT)"
+
+PRESETS: Mapping[str, Preset] = {
+    "roberta-full": Preset(_TABLE_ROBERTA, (1e-7, 1e-6, 1e-5), {**_ROBERTA, "epsilon": 1e-3, "weight_decay": 0.0}),
+    "roberta-lora": Preset(
+        _TABLE_ROBERTA, (1e-5, 5e-5, 1e-4), {**_ROBERTA, **_LORA, "epsilon": 1e-3, "weight_decay": 0.1}
+    ),
+    "roberta-prefix": Preset(_TABLE_ROBERTA, (1e-3, 5e-3, 1e-2), {**_ROBERTA, **_PREFIX, "weight_decay": 0.0}),
+    "opt-full": Preset(_TABLE_OPT, (1e-7, 1e-6), {**_OPT, "epsilon": 1e-3, "weight_decay": 0.0}),
+    "opt-lora": Preset(_TABLE_OPT, (5e-5, 1e-4), {**_OPT, **_LORA, "epsilon": 1e-2, "weight_decay": 0.0}),
+    "opt-prefix": Preset(_TABLE_OPT, (1e-3, 1e-2), {**_OPT, **_PREFIX, "weight_decay": 0.0}),
+}
+
+
+def preset(name: str) -> Preset:
+    """The paper's setting of that name, one of `PRESETS`."""
+    if name not in PRESETS:
+        raise UserError(f"unknown preset {name!r}; there are {', '.join(PRESETS)}")
+    return PRESETS[name]

@@ -1,0 +1,44 @@
+"""What the trainer asks of an engine. Everything that crosses this line is token ids, scalars and records."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor
+
+from mezo.estimator import Probe, Record
+from mezo.objective import Example, TargetScores
+
+
+class Engine(Protocol):
+    """A model with a parameter space in it. `losses` never changes the weights; `update` is their only mover."""
+
+    def losses(self, examples: Sequence[Example], probes: Sequence[Probe]) -> Tensor:
+        """Loss of each example under each probe: float32 [P, N] on the CPU."""
+        ...
+
+    def score(self, examples: Sequence[Example]) -> TargetScores:
+        """Log-probabilities of all targets at the unperturbed weights, on the CPU."""
+        ...
+
+    def update(self, records: Sequence[Record]) -> None:
+        """Applies one step's records: θ ← θ − lr · Σ coefficient · z, with decoupled weight decay."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Writes the trained weights (adapter or model) and the tokenizer, loadable by PEFT or transformers."""
+        ...
+
+    def load(self, folder: Path) -> None:
+        """Takes the trained weights from a folder that `save` wrote."""
+        ...
+
+    def digest(self) -> str:
+        """Hash of the trained parameters' present values."""
+        ...
+
+    def close(self) -> None:
+        """Frees what the engine holds."""
+        ...

@@ -1,0 +1,126 @@
+"""Models from disk or Hub for the torch engine, with every fresh parameter a pure function of the seed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
+from transformers.utils import logging as transformers_logging
+
+from mezo import philox
+from mezo.config import MeZOConfig
+from mezo.errors import UserError
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_AUTO_CLASSES = {
+    "causal_lm": AutoModelForCausalLM,
+    "masked_lm": AutoModelForMaskedLM,
+    "sequence_classification": AutoModelForSequenceClassification,
+}
+
+
+def device_for(config: MeZOConfig) -> torch.device:
+    """The GPU if there is one and the config allows it."""
+    return torch.device("cuda" if torch.cuda.is_available() and not config.use_cpu else "cpu")
+
+
+def load_model_config(config: MeZOConfig) -> PretrainedConfig:
+    """The model's configuration, without its weights."""
+    try:
+        return AutoConfig.from_pretrained(
+            config.model_name_or_path, revision=config.model_revision, trust_remote_code=config.trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"model_name_or_path {config.model_name_or_path!r}: {_first_line(error)}") from None
+
+
+def is_encoder(model_config: PretrainedConfig) -> bool:
+    """True for BERT-like encoders, False for decoder language models; other architectures are refused."""
+    model_type = model_config.model_type
+    if model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(model_config, "is_decoder", False):
+        if not getattr(model_config, "is_encoder_decoder", False):
+            return True
+    if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not getattr(model_config, "is_encoder_decoder", False):
+        return False
+    raise UserError(
+        f"model architecture {model_type!r} is neither a decoder language model nor a masked-language-model encoder"
+    )
+
+
+def load_tokenizer(config: MeZOConfig) -> PreTrainedTokenizerBase:
+    """The model's tokenizer."""
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            config.model_name_or_path, revision=config.model_revision, trust_remote_code=config.trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"no tokenizer in {config.model_name_or_path!r}: {_first_line(error)}") from None
+    return tokenizer
+
+
+def load_model(config: MeZOConfig, kind: str, labels: Sequence[str] = ()) -> PreTrainedModel:
+    """The base model in eval mode on its device.
+
+    Args:
+        config: names the model, type and device.
+        kind: "causal_lm", "masked_lm" or "sequence_classification".
+        labels: class names of a classification head. A head that the checkpoint lacks is drawn from the seed.
+    """
+    device = device_for(config)
+    dtype = config.dtype if config.dtype != "auto" or device.type != "cpu" else "float32"
+    options: dict[str, object] = {"dtype": _DTYPES.get(dtype, "auto"), "trust_remote_code": config.trust_remote_code}
+    if config.attn_implementation is not None:
+        options["attn_implementation"] = config.attn_implementation
+    if kind == "sequence_classification":
+        options |= {"num_labels": len(labels), "id2label": dict(enumerate(labels)), "ignore_mismatched_sizes": True}
+        options["label2id"] = {label: i for i, label in enumerate(labels)}
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # missing heads are handled and reported below
+    try:
+        model, info = _AUTO_CLASSES[kind].from_pretrained(
+            config.model_name_or_path, revision=config.model_revision, output_loading_info=True, **options
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"model_name_or_path {config.model_name_or_path!r}: {_first_line(error)}") from None
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    fresh = {*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])}
+    if fresh and kind != "sequence_classification":
+        raise UserError(
+            f"{config.model_name_or_path!r} holds no weights for {sorted(fresh)[0]} (and {len(fresh) - 1} more): it has no "
+            "language-model head. On an encoder, leave template and label_words out to train a classification head."
+        )
+    _initialise(model, fresh, config.seed)
+    return model.eval().requires_grad_(False).to(device)
+
+
+def _initialise(model: PreTrainedModel, names: set[str], seed: int) -> None:
+    """Fresh weights: N(0, initializer_range²) from the seed; biases 0."""
+    std = float(getattr(model.config, "initializer_range", 0.02))
+    parameters: Mapping[str, torch.Tensor] = dict(model.named_parameters())
+    for name in sorted(names & parameters.keys()):
+        parameter = parameters[name].detach()
+        if parameter.ndim < 2:
+            parameter.zero_()
+            continue
+        stream = philox.stream_id("initialisation", name)
+        z_N = philox.normals(seed, stream, torch.tensor([0]), parameter.numel())[0]
+        parameter.copy_(z_N.mul_(std).view(parameter.shape))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

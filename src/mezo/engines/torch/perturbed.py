@@ -1,0 +1,118 @@
+"""A forward pass at θ + scale · z that never writes θ.
+
+`PerturbedForward` is a torch function mode: inside it, every torch function that reads a trained parameter receives
+θ + scale · z of that parameter instead, formed in scratch memory for that one call. So it holds for any model that is
+written in PyTorch functions, for tied weights, and after an exception anywhere there is nothing to restore.
+
+Three functions are taken apart to bound time and scratch: embeddings perturb only the rows they gather, large linear
+layers go block by block over output features, and attributes such as `shape` read nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from mezo.engines.torch.space import ParameterSpace, direction, direction_rows
+from mezo.estimator import Probe
+
+# Elements of a weight above which a linear layer is evaluated in blocks: 8 MiB of float32 scratch.
+_LINEAR_BLOCK = 1 << 21
+
+_METADATA = frozenset(
+    "shape dtype device layout ndim requires_grad grad grad_fn is_leaf is_cuda is_cpu is_meta is_sparse is_quantized "
+    "is_mps is_xpu is_nested is_sparse_csr is_mkldnn names nbytes itemsize _version _backward_hooks retains_grad "
+    "output_nr".split()
+)
+_METADATA_FUNCTIONS = frozenset(
+    getattr(Tensor, name)
+    for name in "size dim stride numel nelement element_size storage_offset is_contiguous is_floating_point "
+    "is_complex get_device __len__".split()
+)
+
+
+class PerturbedForward(TorchFunctionMode):
+    """Context in which reads of the trained parameters see θ + probe.scale · z(probe.seed).
+
+    `read_names` collects the canonical names of the parameters that some function read.
+    """
+
+    def __init__(self, space: ParameterSpace, probe: Probe):
+        super().__init__()
+        self.space = space
+        self.probe = probe
+        self.read_names: set[str] = set()
+        self._names = {id(p): name for name, p in space.parameters.items()}
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if not self._reads_values(func):
+            return func(*args, **kwargs)
+        if func is F.embedding and self._is_trained(_weight := _argument(args, kwargs, 1, "weight")):
+            if _argument(args, kwargs, 3, "max_norm") is None:
+                return self._embedding(_argument(args, kwargs, 0, "input"), _weight)
+        if func is F.linear and self._is_trained(_weight := _argument(args, kwargs, 1, "weight")):
+            if _weight.ndim == 2 and _weight.numel() > _LINEAR_BLOCK:
+                return self._linear(
+                    _argument(args, kwargs, 0, "input"), _weight, _argument(args, kwargs, 2, "bias")
+                )
+        return func(*map(self._substitute, args), **{k: self._substitute(v) for k, v in kwargs.items()})
+
+    def _reads_values(self, func: Callable[..., Any]) -> bool:
+        if getattr(func, "__name__", "") == "__get__":
+            return getattr(getattr(func, "__self__", None), "__name__", "") not in _METADATA
+        return func not in _METADATA_FUNCTIONS
+
+    def _is_trained(self, value: Any) -> bool:
+        return id(value) in self._names
+
+    def _substitute(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return self._perturbed(value) if self._is_trained(value) else value
+        if isinstance(value, (list, tuple)) and any(map(self._is_trained, value)):
+            return type(value)(map(self._substitute, value))
+        return value
+
+    def _scale(self, name: str) -> float:
+        self.read_names.add(name)
+        return self.probe.scale * self.space.scale(name, self.probe.seed)
+
+    def _perturbed(self, parameter: Tensor, first_row: int = 0, last_row: int | None = None) -> Tensor:
+        """Rows [first_row, last_row) of θ + scale · z, in the parameter's dtype."""
+        name = self._names[id(parameter)]
+        rows = parameter.detach()[first_row:last_row] if parameter.ndim else parameter.detach()
+        start = first_row * (parameter[0].numel() if parameter.ndim > 1 else 1)
+        z_N = direction(self.probe.seed, name, start, start + rows.numel(), parameter.device)
+        return z_N.mul_(self._scale(name)).view(rows.shape).add_(rows).to(parameter.dtype)
+
+    def _embedding(self, ids: Tensor, weight_VD: Tensor) -> Tensor:
+        name = self._names[id(weight_VD)]
+        rows_R, inverse = torch.unique(ids, return_inverse=True)
+        z_RD = direction_rows(self.probe.seed, name, rows_R, weight_VD.shape[1])
+        return z_RD.mul_(self._scale(name)).add_(weight_VD.detach()[rows_R]).to(weight_VD.dtype)[inverse]
+
+    def _linear(self, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+        num_out, num_in = weight_OI.shape
+        bias_O = None if bias_O is None else self._substitute(bias_O)
+        y = x.new_empty(*x.shape[:-1], num_out)
+        rows = max(1, _LINEAR_BLOCK // num_in)
+        for first in range(0, num_out, rows):
+            last = min(num_out, first + rows)
+            block_bias = None if bias_O is None else bias_O[first:last]
+            y[..., first:last] = F.linear(x, self._perturbed(weight_OI, first, last), block_bias)
+        return y
+
+
+def _argument(args: Sequence[Any], kwargs: Mapping[str, Any], position: int, name: str) -> Any:
+    return args[position] if position < len(args) else kwargs.get(name)

@@ -1,0 +1,124 @@
+"""The trained parameters of a PyTorch model: canonical names, the direction in them, and their update."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import xxhash
+from torch import Tensor
+
+from mezo import philox
+from mezo.engines.torch.rounding import stochastic_round
+from mezo.estimator import Record
+
+# Elements handled at once by passes over the weights: 4 MiB of float32 scratch.
+CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class ParameterSpace:
+    """Trained parameters by canonical name, and the distribution of directions in them.
+
+    The canonical name is the parameter's name in the saved model or adapter, so it does not depend on the engine.
+    `parameters` holds each tied weight once. With `normalize_perturbations`, z of each tensor has unit norm.
+    """
+
+    parameters: Mapping[str, Tensor]
+    normalize_perturbations: bool = False
+    # Norms of the last direction only: both probes of a step and its update ask for the same seed.
+    _norms: dict[int, dict[str, float]] = field(default_factory=dict, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        for name, parameter in self.parameters.items():
+            assert parameter.is_contiguous(), name
+
+    def num_parameters(self) -> int:
+        """Number of trained scalars."""
+        return sum(p.numel() for p in self.parameters.values())
+
+    def digest(self) -> str:
+        """Hash of the names, types and values of the trained parameters."""
+        return tensors_digest(self.parameters)
+
+    def scale(self, name: str, seed: int) -> float:
+        """What multiplies z of this tensor: 1, or 1 / ‖z‖ with `normalize_perturbations`."""
+        if not self.normalize_perturbations:
+            return 1.0
+        if seed not in self._norms:
+            self._norms.clear()
+            self._norms[seed] = {}
+        norms = self._norms[seed]
+        if name not in norms:
+            norms[name] = direction_norm(seed, name, self.parameters[name].numel(), self.parameters[name].device)
+        return 1.0 / norms[name]
+
+    def update(self, records: Sequence[Record], weight_decay: float) -> None:
+        """θ ← (1 − lr · weight_decay) θ − lr · Σ coefficient · z for one step's records, one per direction.
+
+        Decay is decoupled and skips vectors (biases and norms). The sum is taken in float32; bfloat16 and float16
+        weights are rounded stochastically, so that changes far below their rounding step add up.
+        """
+        learning_rate = records[0].learning_rate
+        for name, parameter in self.parameters.items():
+            keep = 1.0 - learning_rate * weight_decay if parameter.ndim >= 2 else 1.0
+            factors = [learning_rate * r.coefficient * self.scale(name, r.seed) for r in records]
+            flat_N = parameter.detach().view(-1)
+            for start, stop in chunks(flat_N.numel()):
+                weight_C = flat_N[start:stop].to(torch.float32)
+                if keep != 1.0:
+                    weight_C = weight_C * keep
+                for record, factor in zip(records, factors, strict=True):
+                    z_C = direction(record.seed, name, start, stop, flat_N.device)
+                    weight_C = weight_C - z_C.mul_(factor)
+                _store(flat_N[start:stop], weight_C, records[0].seed, name, start)
+
+
+def chunks(numel: int) -> Iterator[tuple[int, int]]:
+    """[start, stop) ranges that cover `numel` elements."""
+    for start in range(0, numel, CHUNK):
+        yield start, min(numel, start + CHUNK)
+
+
+def direction(seed: int, name: str, start: int, stop: int, device: torch.device) -> Tensor:
+    """z of elements [start, stop) of one parameter, float32."""
+    starts = torch.tensor([start], device=device)
+    return philox.normals(seed, philox.stream_id("direction", name), starts, stop - start)[0]
+
+
+def direction_rows(seed: int, name: str, rows_R: Tensor, width: int) -> Tensor:
+    """z of whole rows of a matrix parameter, float32 [R, width]."""
+    return philox.normals(seed, philox.stream_id("direction", name), rows_R * width, width)
+
+
+def direction_norm(seed: int, name: str, numel: int, device: torch.device) -> float:
+    """‖z‖ of one parameter. Rows of 1024 are summed in float64 and added exactly: no dependence on thread counts."""
+    sums: list[float] = []
+    for start, stop in chunks(numel):
+        z_C = direction(seed, name, start, stop, device).double().square_()
+        full = (stop - start) // 1024 * 1024
+        sums += z_C[:full].view(-1, 1024).sum(dim=1).tolist()
+        sums += z_C[full:].tolist()
+    return math.sqrt(math.fsum(sums))
+
+
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    """xxh3-128 over the names, types, shapes and bytes of the tensors, in the order of their names."""
+    hasher = xxhash.xxh3_128()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach()
+        hasher.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        flat_N = tensor.reshape(-1).view(torch.uint8) if tensor.ndim else tensor.reshape(1).view(torch.uint8)
+        for piece in flat_N.split(64 * CHUNK):
+            hasher.update(piece.cpu().numpy().data)
+    return hasher.hexdigest()
+
+
+def _store(out_C: Tensor, value_C: Tensor, seed: int, name: str, start: int) -> None:
+    if out_C.dtype == torch.float32:
+        out_C.copy_(value_C)
+        return
+    bits_C = philox.rounding_bits(seed, philox.stream_id("rounding", name), start, start + len(out_C), out_C.device)
+    out_C.copy_(stochastic_round(value_C, bits_C, out_C.dtype))

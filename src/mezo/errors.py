@@ -1,0 +1,13 @@
+"""Errors that a user can mend. The command line prints them as one line; everything else is a bug and shows its traceback."""
+
+
+class UserError(ValueError):
+    """Input or options that cannot work; the message names the option, the value and the mend."""
+
+
+class JournalError(UserError):
+    """A journal that cannot be read, or that belongs to another run or model."""
+
+
+class NonFiniteLossError(RuntimeError):
+    """A loss became NaN or infinite; the weights are those of the last good step."""

@@ -1,0 +1,72 @@
+"""From losses to coefficients: which probes a step evaluates, and what multiplies each direction afterwards."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from mezo.philox import derive_seed
+
+
+class Probe(NamedTuple):
+    """One perturbed copy of the model: θ + scale · z(seed). `scale` is +ε or −ε."""
+
+    seed: int
+    scale: float
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What one step did along one direction; the unit of the journal.
+
+    A step with several directions has one record for each, `query` = 0 … `num_queries` − 1. The update is
+    θ ← θ − learning_rate · Σ coefficient · z(seed). Losses are float64 means over the batch in nats.
+    """
+
+    step: int
+    seed: int
+    loss_plus: float
+    loss_minus: float
+    coefficient: float
+    learning_rate: float
+    num_tokens: int
+    num_examples: int
+    query: int = 0
+    num_queries: int = 1
+
+
+class Estimator(Protocol):
+    """Losses of a step's probes to the coefficients of its directions. Pure: no state, no tensors."""
+
+    def probes(self, step: int) -> list[Probe]:
+        """Probes of step `step` (counted from 0), in the order in which `coefficients` takes their losses."""
+        ...
+
+    def coefficients(self, losses: Sequence[float]) -> list[float]:
+        """One coefficient per direction, from one batch loss per probe."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class TwoPoint:
+    """SPSA with one direction: projected_grad = (L(θ + εz) − L(θ − εz)) / 2ε (MeZO, arXiv 2305.17333, definition 1)."""
+
+    seed: int
+    epsilon: float
+
+    def probes(self, step: int) -> list[Probe]:
+        """[+ε, −ε] along the direction of this step."""
+        direction_seed = derive_seed(self.seed, step)
+        return [Probe(direction_seed, self.epsilon), Probe(direction_seed, -self.epsilon)]
+
+    def coefficients(self, losses: Sequence[float]) -> list[float]:
+        """[projected_grad]."""
+        loss_plus, loss_minus = losses
+        return [(loss_plus - loss_minus) / (2 * self.epsilon)]
+
+
+def is_finite(record: Record) -> bool:
+    """Whether the record may be applied to weights."""
+    return math.isfinite(record.loss_plus) and math.isfinite(record.loss_minus) and math.isfinite(record.coefficient)

@@ -1,0 +1,200 @@
+"""The journal: everything that moved the weights, in order, in 64 bytes a step.
+
+A file is a header and then records, nothing else; it is only ever appended to.
+
+    header   8 bytes  magic b"MEZOJRNL"
+             4 bytes  length N of the JSON text, little-endian unsigned
+             N bytes  JSON, UTF-8: versions, config, hash of the model's initial weights
+             4 bytes  CRC-32 of everything before
+    record  60 bytes  step u32, query u16, num_queries u16, seed u64, loss_plus f64, loss_minus f64,
+                      coefficient f64, learning_rate f64, num_tokens u32, num_examples u32, 4 zero bytes
+             4 bytes  CRC-32 of the 60 bytes and of the record's index in the file
+
+A record is written before the weights move. A file that ends in the middle of a record, or of a step's records, was
+cut off while being written: the tail is dropped. A wrong checksum anywhere else is corruption and an error.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import struct
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from mezo.errors import JournalError
+from mezo.estimator import Record
+
+MAGIC = b"MEZOJRNL"
+FORMAT_VERSION = 1
+_LENGTH = struct.Struct("<I")
+_CRC = struct.Struct("<I")
+_BODY = struct.Struct("<IHHQddddII4x")
+RECORD_SIZE = _BODY.size + _CRC.size
+_MAX_HEADER = 1 << 20
+
+JsonObject = dict[str, object]
+
+
+class Contents(NamedTuple):
+    """What a journal file holds."""
+
+    header: JsonObject
+    steps: list[list[Record]]  # one list of records per step, in order
+    valid_bytes: int
+    dropped_bytes: int  # torn tail after `valid_bytes`
+
+
+def pack(record: Record, index: int) -> bytes:
+    """The 64 bytes of one record, the `index`-th of its file."""
+    body = _BODY.pack(
+        record.step, record.query, record.num_queries, record.seed, record.loss_plus, record.loss_minus,
+        record.coefficient, record.learning_rate, record.num_tokens, record.num_examples,
+    )  # fmt: skip
+    return body + _CRC.pack(_record_crc(body, index))
+
+
+def unpack(data: bytes, index: int) -> Record | None:
+    """The record in 64 bytes, or None if its checksum is wrong."""
+    body = data[: _BODY.size]
+    if _CRC.unpack_from(data, _BODY.size)[0] != _record_crc(body, index):
+        return None
+    step, query, num_queries, seed, plus, minus, coefficient, learning_rate, tokens, examples = _BODY.unpack(body)
+    return Record(step, seed, plus, minus, coefficient, learning_rate, tokens, examples, query, num_queries)
+
+
+def read(path: str | os.PathLike[str]) -> Contents:
+    """Reads a journal; a torn tail is left out and counted.
+
+    Raises:
+        JournalError: the file is missing, is no journal, or is corrupt before its tail.
+    """
+    try:
+        data = Path(path).read_bytes()
+    except FileNotFoundError:
+        raise JournalError(f"{path}: no journal here") from None
+    header, offset = _read_header(data, path)
+    records = _read_records(data, offset, path)
+    steps = _group(records, path)
+    valid_bytes = offset + RECORD_SIZE * sum(map(len, steps))
+    return Contents(header, steps, valid_bytes, len(data) - valid_bytes)
+
+
+class Journal:
+    """A journal open for appending, locked against other processes."""
+
+    def __init__(self, path: Path, fd: int, num_records: int):
+        self.path = path
+        self._fd = fd
+        self._num_records = num_records
+
+    @classmethod
+    def create(cls, path: Path, header: JsonObject) -> Journal:
+        """Starts a new journal; an existing file is an error."""
+        try:
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o644)
+        except FileExistsError:
+            raise JournalError(f"{path}: a journal exists already") from None
+        journal = cls(path, fd, 0)
+        journal._lock()
+        text = json.dumps(header, sort_keys=True).encode()
+        start = MAGIC + _LENGTH.pack(len(text)) + text
+        journal._write(start + _CRC.pack(zlib.crc32(start)))
+        return journal
+
+    @classmethod
+    def resume(cls, path: Path) -> tuple[Journal, Contents]:
+        """Opens an existing journal behind its last whole step; cuts a torn tail off."""
+        try:
+            fd = os.open(path, os.O_WRONLY | os.O_APPEND)
+        except FileNotFoundError:
+            raise JournalError(f"{path}: no journal to resume from") from None
+        journal = cls(path, fd, 0)
+        journal._lock()
+        contents = read(path)
+        os.ftruncate(fd, contents.valid_bytes)
+        journal._num_records = sum(map(len, contents.steps))
+        return journal, contents
+
+    def append(self, records: Sequence[Record]) -> None:
+        """Writes one step's records in a single call; returns when the operating system has them."""
+        self._write(b"".join(pack(r, self._num_records + i) for i, r in enumerate(records)))
+        self._num_records += len(records)
+
+    def sync(self) -> None:
+        """Waits until everything appended is on the disk itself."""
+        os.fsync(self._fd)
+
+    def close(self) -> None:
+        """Releases the file and its lock."""
+        os.close(self._fd)
+
+    def _write(self, data: bytes) -> None:
+        start = os.fstat(self._fd).st_size
+        try:
+            written = os.write(self._fd, data)
+            while written < len(data):
+                written += os.write(self._fd, data[written:])
+        except OSError as error:
+            os.ftruncate(self._fd, start)
+            raise OSError(error.errno, f"{error.strerror} while writing the journal", str(self.path)) from None
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(self._fd)
+            raise JournalError(f"{self.path}: another process is training in this folder") from None
+
+
+def _record_crc(body: bytes, index: int) -> int:
+    return zlib.crc32(index.to_bytes(8, "little"), zlib.crc32(body))
+
+
+def _read_header(data: bytes, path: str | os.PathLike[str]) -> tuple[JsonObject, int]:
+    """The header and the offset of the first record."""
+    if data[: len(MAGIC)] != MAGIC:
+        raise JournalError(f"{path}: not a mezo journal")
+    start = len(MAGIC) + _LENGTH.size
+    length = _LENGTH.unpack_from(data.ljust(start, b"\0"), len(MAGIC))[0]
+    stop = start + length
+    if length > _MAX_HEADER or len(data) < stop + _CRC.size:
+        raise JournalError(f"{path}: the journal's header is cut off; nothing was trained yet, delete the file")
+    if _CRC.unpack_from(data, stop)[0] != zlib.crc32(data[:stop]):
+        raise JournalError(f"{path}: the journal's header has a wrong checksum")
+    header = json.loads(data[start:stop])
+    if header.get("format") != FORMAT_VERSION:
+        raise JournalError(f"{path}: journal format {header.get('format')!r}, this version reads {FORMAT_VERSION}")
+    return header, stop + _CRC.size
+
+
+def _read_records(data: bytes, offset: int, path: str | os.PathLike[str]) -> list[Record]:
+    records: list[Record] = []
+    while offset + RECORD_SIZE <= len(data):
+        record = unpack(data[offset : offset + RECORD_SIZE], len(records))
+        offset += RECORD_SIZE
+        if record is None:
+            if offset + RECORD_SIZE <= len(data):
+                raise JournalError(f"{path}: record {len(records)} has a wrong checksum, and records follow it")
+            break
+        records.append(record)
+    return records
+
+
+def _group(records: list[Record], path: str | os.PathLike[str]) -> list[list[Record]]:
+    """Records by step; an incomplete last step is left out."""
+    steps: list[list[Record]] = []
+    start = 0
+    while start < len(records):
+        group = records[start : start + max(1, records[start].num_queries)]
+        expected = [(len(steps), query, len(group)) for query in range(len(group))]
+        if start + records[start].num_queries > len(records):
+            break
+        if [(r.step, r.query, r.num_queries) for r in group] != expected:
+            raise JournalError(f"{path}: records {start} … {start + len(group) - 1} are not those of step {len(steps)}")
+        steps.append(group)
+        start += len(group)
+    return steps

@@ -1,0 +1,1 @@
+"""Fast versions of the reference code in `mezo.philox`: the same bits, sooner."""

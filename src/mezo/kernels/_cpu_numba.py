@@ -1,0 +1,113 @@
+"""Numba source of `mezo.kernels.cpu`. Importing this file imports Numba; compilation is cached on disk.
+
+Work goes in groups of 64 counter blocks held as structure of arrays, so that LLVM turns every inner loop into vector
+instructions. Without `fastmath` LLVM neither reorders nor fuses float operations: the results are IEEE float32, the
+same as the reference's.
+"""
+
+import math
+
+import numba as nb
+import numpy as np
+from numba import float32, int32, int64, uint32, uint64
+
+GROUP = 64
+_ANGLE = np.float32(2 * math.pi / (1 << 24))
+_f = np.float32
+
+
+@nb.njit(inline="always")
+def _philox(first_block, k0_, k1_, c2_, c3_, w0, w1, w2, w3):  # type: ignore[no-untyped-def]
+    for j in range(GROUP):
+        block = uint64(first_block + j)
+        c0, c1, c2, c3 = uint32(block), uint32(block >> uint64(32)), uint32(c2_), uint32(c3_)
+        k0, k1 = uint32(k0_), uint32(k1_)
+        for _ in range(10):
+            p0, p1 = uint64(c0) * uint64(0xD2511F53), uint64(c2) * uint64(0xCD9E8D57)
+            c0, c1 = uint32(p1 >> uint64(32)) ^ c1 ^ k0, uint32(p1)
+            c2, c3 = uint32(p0 >> uint64(32)) ^ c3 ^ k1, uint32(p0)
+            k0, k1 = uint32(k0 + uint32(0x9E3779B9)), uint32(k1 + uint32(0xBB67AE85))
+        w0[j], w1[j], w2[j], w3[j] = c0, c1, c2, c3
+
+
+@nb.njit(inline="always")
+def _box_muller(wa, wb, za, zb, mantissa, bits):  # type: ignore[no-untyped-def]
+    """Normals from GROUP pairs of words; `bits` is `mantissa` seen as int32, both scratch; overwrites `wa`."""
+    for j in range(GROUP):
+        mantissa[j] = float32(int32(wa[j] >> uint32(8)) + int32(1))
+    for j in range(GROUP):
+        e = (bits[j] - int32(0x3F3504F3)) >> int32(23)
+        bits[j] = bits[j] - (e << int32(23))
+        wa[j] = uint32(e)
+    for j in range(GROUP):
+        x = mantissa[j] - _f(1.0)
+        e = float32(int32(wa[j]) - int32(24))
+        y = _f(7.0376836292e-2)
+        y = y * x + _f(-1.1514610310e-1)
+        y = y * x + _f(1.1676998740e-1)
+        y = y * x + _f(-1.2420140846e-1)
+        y = y * x + _f(1.4249322787e-1)
+        y = y * x + _f(-1.6668057665e-1)
+        y = y * x + _f(2.0000714765e-1)
+        y = y * x + _f(-2.4999993993e-1)
+        y = y * x + _f(3.3333331174e-1)
+        x2 = x * x
+        y = y * x * x2 + e * _f(-2.12194440e-4) - x2 * _f(0.5)
+        radius = np.sqrt(max((x + y + e * _f(0.693359375)) * _f(-2.0), _f(0.0)))
+        k = int32(wb[j] >> uint32(8))
+        quadrant = (k + int32(1 << 21)) >> int32(22)
+        t = float32(k - (quadrant << int32(22))) * _ANGLE
+        t2 = t * t
+        sin = ((t2 * _f(-1.9515295891e-4) + _f(8.3321608736e-3)) * t2 + _f(-1.6666654611e-1)) * t2 * t + t
+        cos = (
+            ((t2 * _f(2.443315711809948e-5) + _f(-1.388731625493765e-3)) * t2 + _f(4.166664568298827e-2)) * t2 * t2
+            - t2 * _f(0.5)
+            + _f(1.0)
+        )
+        odd = (quadrant & int32(1)) != 0
+        c, s = (sin, cos) if odd else (cos, sin)
+        if ((quadrant + int32(1)) & int32(2)) != 0:
+            c = -c
+        if (quadrant & int32(2)) != 0:
+            s = -s
+        za[j], zb[j] = radius * c, radius * s
+
+
+@nb.njit(parallel=True, cache=True, nogil=True)
+def fill_normals(out_RW, starts_R, k0, k1, c2, c3):  # type: ignore[no-untyped-def]
+    """Writes out[r, i] = z(start[r] + i)."""
+    num_rows, width = out_RW.shape
+    groups_per_row = (width + 3 + 4 * GROUP - 1) // (4 * GROUP)
+    num_tasks = num_rows * groups_per_row
+    tasks_per_piece = 256
+    for piece in nb.prange((num_tasks + tasks_per_piece - 1) // tasks_per_piece):
+        w0, w1, w2, w3 = (np.empty(GROUP, np.uint32), np.empty(GROUP, np.uint32),
+                          np.empty(GROUP, np.uint32), np.empty(GROUP, np.uint32))  # fmt: skip
+        z0, z1, z2, z3 = (np.empty(GROUP, np.float32), np.empty(GROUP, np.float32),
+                          np.empty(GROUP, np.float32), np.empty(GROUP, np.float32))  # fmt: skip
+        mantissa = np.empty(GROUP, np.float32)
+        bits = mantissa.view(np.int32)
+        for task in range(piece * tasks_per_piece, min(num_tasks, (piece + 1) * tasks_per_piece)):
+            row, group = task // groups_per_row, task % groups_per_row
+            start = starts_R[row]
+            first_block = start // 4 + group * GROUP
+            _philox(first_block, k0, k1, c2, c3, w0, w1, w2, w3)
+            _box_muller(w0, w1, z0, z1, mantissa, bits)
+            _box_muller(w2, w3, z2, z3, mantissa, bits)
+            offset = int64(4 * first_block - start)
+            out = out_RW[row]
+            if offset >= 0 and offset + 4 * GROUP <= width:
+                for j in range(GROUP):
+                    i = offset + 4 * j
+                    out[i], out[i + 1], out[i + 2], out[i + 3] = z0[j], z1[j], z2[j], z3[j]
+            else:
+                for j in range(GROUP):
+                    i = offset + 4 * j
+                    if 0 <= i < width:
+                        out[i] = z0[j]
+                    if 0 <= i + 1 < width:
+                        out[i + 1] = z1[j]
+                    if 0 <= i + 2 < width:
+                        out[i + 2] = z2[j]
+                    if 0 <= i + 3 < width:
+                        out[i + 3] = z3[j]
