@@ -158,6 +158,20 @@ class MeZOConfig:
         return cls(**values)  # type: ignore[arg-type]
 
 
+def looks_like_wrong_rate(config: MeZOConfig) -> str | None:
+    """A warning when learning rate and normalisation belong to different settings, else None."""
+    rate = config.learning_rate
+    if config.normalize_perturbations and rate <= 1e-5:
+        return (
+            f"learning_rate {rate:g} belongs to unnormalised directions; with normalize_perturbations z of a tensor is "
+            "shorter by the square root of its size, and rates of about 1e-3 are usual"
+        )
+    adapter = config.use_peft
+    if not config.normalize_perturbations and rate >= (1e-1 if adapter else 1e-3):
+        return f"learning_rate {rate:g} is far above the paper's for unnormalised directions (1e-6; adapters 1e-4 to 1e-2)"
+    return None
+
+
 _COUNTS = (
     "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "per_device_eval_batch_size",
     "lora_r", "num_virtual_tokens", "logging_steps", "eval_steps", "save_steps", "save_total_limit", "max_length",

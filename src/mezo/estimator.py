@@ -37,15 +37,24 @@ class Record:
     num_queries: int = 1
 
 
+class Outcome(NamedTuple):
+    """What a step learned about one direction, and what multiplies it in the update."""
+
+    seed: int
+    loss_plus: float
+    loss_minus: float
+    coefficient: float
+
+
 class Estimator(Protocol):
-    """Losses of a step's probes to the coefficients of its directions. Pure: no state, no tensors."""
+    """Which probes a step evaluates, and what their losses say. Pure: no state, no tensors."""
 
     def probes(self, step: int) -> list[Probe]:
-        """Probes of step `step` (counted from 0), in the order in which `coefficients` takes their losses."""
+        """Probes of step `step`, counted from 0."""
         ...
 
-    def coefficients(self, losses: Sequence[float]) -> list[float]:
-        """One coefficient per direction, from one batch loss per probe."""
+    def outcomes(self, probes: Sequence[Probe], losses: Sequence[float]) -> list[Outcome]:
+        """One outcome per direction, from one batch loss per probe."""
         ...
 
 
@@ -61,10 +70,10 @@ class TwoPoint:
         direction_seed = derive_seed(self.seed, step)
         return [Probe(direction_seed, self.epsilon), Probe(direction_seed, -self.epsilon)]
 
-    def coefficients(self, losses: Sequence[float]) -> list[float]:
-        """[projected_grad]."""
+    def outcomes(self, probes: Sequence[Probe], losses: Sequence[float]) -> list[Outcome]:
+        """One outcome, whose coefficient is projected_grad."""
         loss_plus, loss_minus = losses
-        return [(loss_plus - loss_minus) / (2 * self.epsilon)]
+        return [Outcome(probes[0].seed, loss_plus, loss_minus, (loss_plus - loss_minus) / (2 * self.epsilon))]
 
 
 def is_finite(record: Record) -> bool:

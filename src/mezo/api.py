@@ -1,0 +1,303 @@
+"""From a config to a running trainer, and the operations of the command line as functions."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from datasets import Dataset
+from peft import PeftConfig, PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+
+from mezo import checkpoint, journal
+from mezo.adapter import add_adapter
+from mezo.config import MeZOConfig, looks_like_wrong_rate
+from mezo.data import TrainData, load_eval_rows, load_rows, load_splits
+from mezo.encoding import Encoder, make_encoder
+from mezo.engines.torch.engine import TorchEngine
+from mezo.engines.torch.loading import is_encoder, load_model, load_model_config, load_tokenizer
+from mezo.engines.torch.space import tensors_digest
+from mezo.errors import JournalError, UserError
+from mezo.evaluation import Metrics, evaluate
+from mezo.header import make_header
+from mezo.objective import Example
+from mezo.trainer import MeZOTrainer, TrainResult
+
+logger = logging.getLogger(__name__)
+
+
+def mezo_finetune(
+    model_path: str,
+    train_dataset: TrainData,
+    learning_rate: float = 1e-6,
+    batch_size: int = 64,
+    num_steps: int = 10_000,
+    epsilon: float = 1e-3,
+    normalize_perturbations: bool = False,
+    lora_rank: int | None = None,
+    weight_decay: float = 0.0,
+    engine: str = "torch",
+    output_dir: str | Path = "trainer_output",
+    seed: int = 42,
+    eval_dataset: TrainData | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+    **options: object,
+) -> TrainResult:
+    """Fine-tunes a language model with forward passes only. Defaults are the paper's RoBERTa setting.
+
+    Args:
+        model_path: folder or Hub name of a decoder language model or an encoder.
+        train_dataset: file, Hub name, list of rows or `datasets.Dataset`.
+        learning_rate: constant learning rate of SGD.
+        batch_size: examples per step.
+        num_steps: steps; each is two forward passes.
+        epsilon: half the distance between the two evaluations.
+        normalize_perturbations: scale z of each tensor to unit norm.
+        lora_rank: train LoRA of this rank (alpha 16) instead of all parameters.
+        weight_decay: decoupled; biases and norms are skipped.
+        engine: "torch".
+        output_dir: the run's folder.
+        seed: of directions, data order, splits and fresh parameters.
+        eval_dataset: rows to evaluate on, as `train_dataset`.
+        callbacks: `transformers.TrainerCallback`s.
+        options: further fields of `MeZOConfig`: template, label_words, eval_steps, …
+
+    Raises:
+        UserError: options or data that cannot work.
+        NonFiniteLossError: the loss became NaN or infinite; the last good weights are in a checkpoint.
+    """
+    named = isinstance(train_dataset, (str, Path))
+    values: dict[str, object] = {
+        "model_name_or_path": str(model_path),
+        "dataset_name": str(train_dataset) if named else None,
+        "learning_rate": learning_rate,
+        "per_device_train_batch_size": batch_size,
+        "max_steps": num_steps,
+        "epsilon": epsilon,
+        "normalize_perturbations": normalize_perturbations,
+        "weight_decay": weight_decay,
+        "engine": engine,
+        "output_dir": str(output_dir),
+        "seed": seed,
+    }
+    if lora_rank is not None:
+        values |= {"use_peft": True, "lora_r": lora_rank, "lora_alpha": 16.0}
+    config = MeZOConfig.from_dict({**values, **options})
+    return build_trainer(config, None if named else train_dataset, eval_dataset, callbacks).train()
+
+
+class Parts(NamedTuple):
+    """An engine and what belongs to its model."""
+
+    engine: TorchEngine
+    model_digest: str
+
+
+def build_trainer(
+    config: MeZOConfig,
+    train_dataset: TrainData | None = None,
+    eval_dataset: TrainData | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> MeZOTrainer:
+    """Loads data and model and puts the trainer together; data sets given here win over those the config names."""
+    warning = looks_like_wrong_rate(config)
+    if warning is not None:
+        warnings.warn(warning, stacklevel=2)
+    model_config = load_model_config(config)
+    tokenizer = load_tokenizer(config)
+    splits = load_splits(config, train_dataset, eval_dataset)
+    encoder = make_encoder(
+        splits.train.column_names, list(splits.train), config, model_config, tokenizer,
+        encoder_model=is_encoder(model_config),
+    )  # fmt: skip
+    train_examples = encoder(list(splits.train))
+    eval_examples = _encode_evaluation(encoder, splits.train, splits.evaluation)
+    if encoder.num_truncated:
+        logger.warning("%d rows were longer than the model's context and were cut", encoder.num_truncated)
+    model, model_digest = _trainable_model(config, encoder.kind, encoder.labels)
+    engine = make_engine(config, model, tokenizer)
+    header = make_header(
+        config,
+        objective=encoder.name,
+        kind=encoder.kind,
+        labels=encoder.labels,
+        model_digest=model_digest,
+        initial_digest=engine.digest(),
+        train_examples=train_examples,
+    )
+    return MeZOTrainer(config, engine, train_examples, eval_examples, header, callbacks)
+
+
+def _encode_evaluation(encoder: Encoder, train: Dataset, evaluation: Dataset | None) -> list[Example] | None:
+    if evaluation is None:
+        return None
+    missing = sorted(set(train.column_names) - set(evaluation.column_names))
+    if missing:
+        raise UserError(f"evaluation rows lack column {missing[0]!r}; found {', '.join(evaluation.column_names)}")
+    return encoder(list(evaluation))
+
+
+def make_engine(
+    config: MeZOConfig, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase
+) -> TorchEngine:
+    """The engine of a config around a loaded model."""
+    return TorchEngine(
+        model,
+        tokenizer,
+        normalize_perturbations=config.normalize_perturbations,
+        weight_decay=config.weight_decay,
+        train_batch_size=config.per_device_train_batch_size,
+        eval_batch_size=config.per_device_eval_batch_size,
+    )
+
+
+def _trainable_model(
+    config: MeZOConfig, kind: str, labels: Sequence[str]
+) -> tuple[PreTrainedModel | PeftModel, str]:
+    """The model at its initial values, adapter included, and the base's digest."""
+    model = load_model(config, kind, labels)
+    model_digest = tensors_digest(model.state_dict())
+    if config.use_peft:
+        return add_adapter(model, config, kind), model_digest
+    return model.requires_grad_(True), model_digest
+
+
+def replay(
+    run: str | Path, output_dir: str | Path, *, model_name_or_path: str | None = None, step: int | None = None
+) -> Path:
+    """Rebuilds trained weights from the base model and the journal alone.
+
+    Args:
+        run: folder of a run, or its journal.
+        output_dir: folder for the weights; must not exist.
+        model_name_or_path: the base model, if it has moved since.
+        step: how many steps to apply; if not given, as many as the run's final weights hold.
+    """
+    path = Path(run) / checkpoint.JOURNAL_NAME if Path(run).is_dir() else Path(run)
+    contents = journal.read(path)
+    if contents.dropped_bytes:
+        logger.warning("left out a torn record of %d bytes at the end of the journal", contents.dropped_bytes)
+    config = journal_config(contents)
+    if model_name_or_path is not None:
+        config = dataclasses.replace(config, model_name_or_path=model_name_or_path)
+    count = _final_step(path.parent, config, len(contents.steps)) if step is None else step
+    if not 0 <= count <= len(contents.steps):
+        raise UserError(f"step {count}: the journal holds steps 0 to {len(contents.steps)}")
+    if Path(output_dir).exists():
+        raise UserError(f"output_dir {str(output_dir)!r} exists already")
+    header = contents.header
+    model, model_digest = _trainable_model(config, str(header["kind"]), header["labels"])  # type: ignore[arg-type]
+    engine = make_engine(config, model, load_tokenizer(config))
+    for key, present in (("model_digest", model_digest), ("initial_digest", engine.digest())):
+        if header[key] != present:
+            raise JournalError(f"{config.model_name_or_path!r} is not the model of this journal: {key} differs")
+    for records in contents.steps[:count]:
+        engine.update(records)
+    checkpoint.write_folder(Path(output_dir), engine.save)
+    return Path(output_dir)
+
+
+def journal_config(contents: journal.Contents) -> MeZOConfig:
+    """The config that a journal's run was started with."""
+    recorded = contents.header["config"]
+    assert isinstance(recorded, dict)
+    return MeZOConfig.from_dict(recorded)
+
+
+def _final_step(run: Path, config: MeZOConfig, num_steps: int) -> int:
+    """With `load_best_model_at_end` the final weights are those of the best step, which only the state file names."""
+    state_path = run / checkpoint.STATE_NAME
+    if config.load_best_model_at_end and state_path.exists():
+        from transformers import TrainerState
+
+        return TrainerState.load_from_json(str(state_path)).best_global_step or num_steps
+    return num_steps
+
+
+def eval_model(config: MeZOConfig, adapter: str | Path | None = None, dataset: TrainData | None = None) -> Metrics:
+    """Evaluates a model, or a model with an adapter, on the rows that the config names.
+
+    What the config leaves open (template, label words, label column, length) is taken from the journal beside the
+    adapter or the model, if there is one.
+    """
+    journal_path = Path(adapter or config.model_name_or_path) / checkpoint.JOURNAL_NAME
+    labels: Sequence[str] | None = None
+    if journal_path.exists():
+        contents = journal.read(journal_path)
+        config = _filled_in(config, journal_config(contents))
+        labels = contents.header["labels"] or None  # type: ignore[assignment]
+    model_config = load_model_config(config)
+    if labels is None and any("ForSequenceClassification" in a for a in model_config.architectures or ()):
+        labels = [model_config.id2label[i] for i in range(model_config.num_labels)]
+    tokenizer = load_tokenizer(config)
+    rows = load_eval_rows(config, dataset)
+    if rows is None:
+        assert config.dataset_name is not None
+        rows = load_rows(config.dataset_name, config.dataset_config, "validation", "test", "train")
+    if config.max_eval_samples is not None:
+        rows = rows.select(range(min(len(rows), config.max_eval_samples)))
+    encoder = make_encoder(
+        rows.column_names, list(rows), config, model_config, tokenizer,
+        encoder_model=is_encoder(model_config), labels=labels,
+    )  # fmt: skip
+    model: PreTrainedModel | PeftModel = load_model(config, encoder.kind, encoder.labels)
+    if adapter is not None:
+        model = load_adapter(model, adapter)
+    return evaluate(make_engine(config, model, tokenizer), encoder(list(rows)))
+
+
+def _filled_in(config: MeZOConfig, recorded: MeZOConfig) -> MeZOConfig:
+    fields = ("template", "label_words", "max_length")
+    values = {name: getattr(recorded, name) for name in fields if getattr(config, name) is None}
+    if config.label_column == MeZOConfig.label_column:
+        values["label_column"] = recorded.label_column
+    return dataclasses.replace(config, **values)
+
+
+def load_adapter(model: PreTrainedModel, adapter: str | Path) -> PeftModel:
+    """A PEFT adapter from a folder on a loaded base model, in eval mode."""
+    try:
+        return PeftModel.from_pretrained(model, str(adapter)).eval()
+    except (OSError, ValueError) as error:
+        raise UserError(f"adapter_name_or_path {str(adapter)!r}: {str(error).splitlines()[0]}") from None
+
+
+def merge(adapter: str | Path, output_dir: str | Path, *, model_name_or_path: str | None = None) -> Path:
+    """Adds a LoRA adapter to its base model's weights and saves a transformers model.
+
+    Args:
+        adapter: folder of the adapter.
+        output_dir: folder for the model; must not exist.
+        model_name_or_path: the base model, if it has moved since.
+    """
+    if Path(output_dir).exists():
+        raise UserError(f"output_dir {str(output_dir)!r} exists already")
+    try:
+        peft_config = PeftConfig.from_pretrained(str(adapter))
+    except (OSError, ValueError) as error:
+        raise UserError(f"no adapter in {str(adapter)!r}: {str(error).splitlines()[0]}") from None
+    if peft_config.peft_type != "LORA":
+        raise UserError(f"a {peft_config.peft_type} adapter cannot be merged into weights; only LoRA can")
+    base = model_name_or_path or peft_config.base_model_name_or_path
+    assert base is not None
+    config = MeZOConfig(model_name_or_path=base)
+    kinds = {"CAUSAL_LM": "causal_lm", "FEATURE_EXTRACTION": "masked_lm", "SEQ_CLS": "sequence_classification"}
+    journal_path = Path(adapter) / checkpoint.JOURNAL_NAME
+    labels: Sequence[str] = ()
+    if journal_path.exists():
+        contents = journal.read(journal_path)
+        labels = contents.header["labels"]  # type: ignore[assignment]
+        config = dataclasses.replace(config, dtype=journal_config(contents).dtype)
+    merged = load_adapter(load_model(config, kinds[str(peft_config.task_type)], labels), adapter).merge_and_unload()
+    tokenizer = load_tokenizer(config)
+
+    def write(folder: Path) -> None:
+        merged.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    checkpoint.write_folder(Path(output_dir), write)
+    return Path(output_dir)

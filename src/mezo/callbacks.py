@@ -1,0 +1,115 @@
+"""The bridge to transformers' callbacks: arguments, state and events as TensorBoard, W&B and trackio expect them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
+from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
+
+from mezo.config import MeZOConfig
+
+
+def training_arguments(config: MeZOConfig) -> TrainingArguments:
+    """The part of a config that transformers has fields for."""
+    return TrainingArguments(
+        output_dir=config.output_dir,
+        max_steps=config.max_steps,
+        per_device_train_batch_size=config.per_device_train_batch_size,
+        per_device_eval_batch_size=config.per_device_eval_batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type="constant",
+        weight_decay=config.weight_decay,
+        logging_steps=config.logging_steps,
+        logging_first_step=config.logging_first_step,
+        eval_strategy="steps" if config.eval_steps is not None else "no",
+        eval_steps=config.eval_steps,
+        save_steps=config.save_steps,
+        save_total_limit=config.save_total_limit,
+        metric_for_best_model=config.metric_for_best_model,
+        greater_is_better=config.metric_for_best_model == "accuracy",
+        seed=config.seed,
+        data_seed=config.data_seed,
+        report_to=config.report_to,
+        run_name=config.run_name,
+        disable_tqdm=config.disable_tqdm,
+        use_cpu=config.use_cpu,
+    )
+
+
+def callback_handler(
+    config: MeZOConfig, args: TrainingArguments, callbacks: Sequence[TrainerCallback], model: object, tokenizer: object
+) -> CallbackHandler:
+    """transformers' handler with its flow of logging, evaluation and saving, trackers, the progress bar and the user's."""
+    trackers = [tracker() for tracker in get_reporting_integration_callbacks(args.report_to)]
+    progress = [] if config.disable_tqdm else [ProgressCallback()]
+    return CallbackHandler([DefaultFlowCallback(), *trackers, *progress, *callbacks], model, tokenizer, None, None)
+
+
+class ProgressCallback(TrainerCallback):
+    """A bar with step, loss, projected_grad, tokens per second and time left; one line per evaluation above it."""
+
+    def __init__(self) -> None:
+        console = Console(stderr=True)
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task: TaskID | None = None
+        self._shown = 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Shows the bar, at the step where a resumed run goes on."""
+        self._progress.start()
+        self._task = self._progress.add_task("training", total=state.max_steps, completed=state.global_step, figures="")
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Moves the bar, at most ten times a second."""
+        if self._task is not None and (time.monotonic() - self._shown > 0.1 or state.global_step == state.max_steps):
+            self._shown = time.monotonic()
+            self._progress.update(self._task, completed=state.global_step)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: object,
+    ) -> None:
+        """Shows the latest figures; prints evaluations."""
+        if logs is None or self._task is None:
+            return
+        if "loss" in logs:
+            rate = logs.get("tokens_per_second", 0.0)
+            figures = f"loss {logs['loss']:.4f}  projected_grad {logs['projected_grad']:+.3g}  {rate:,.0f} tokens/s"
+            self._progress.update(self._task, figures=figures)
+        if "eval_loss" in logs:
+            line = f"step {state.global_step}: eval_loss {logs['eval_loss']:.4f}  eval_accuracy {logs['eval_accuracy']:.4f}"
+            self._progress.console.print(line)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Leaves the bar as it stands."""
+        self.stop()
+
+    def stop(self) -> None:
+        """Gives the terminal back, also after an error."""
+        self._progress.stop()

@@ -1,0 +1,87 @@
+"""Folders that appear whole or not at all, their rotation, and the model card."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+JOURNAL_NAME = "journal"
+STATE_NAME = "trainer_state.json"
+_CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
+
+
+def checkpoint_path(run: Path, step: int) -> Path:
+    """Where the checkpoint after `step` steps lies."""
+    return run / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+
+
+def checkpoints(run: Path) -> dict[int, Path]:
+    """Complete checkpoints of a run by step, in order."""
+    found = ((_CHECKPOINT.fullmatch(p.name), p) for p in run.iterdir() if p.is_dir())
+    return dict(sorted((int(match.group(1)), path) for match, path in found if match))
+
+
+def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
+    """Fills a new folder by `write` and lets it appear under its name only when everything is on the disk."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        write(partial)
+        for path in partial.rglob("*"):
+            _sync(path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+    _sync(folder.parent)
+
+
+def write_files(folder: Path, write: Callable[[Path], None]) -> None:
+    """Writes files into an existing folder; each one replaces its predecessor whole."""
+    partial = folder / ".partial"
+    write_folder(partial, write)
+    for path in sorted(partial.iterdir()):
+        target = folder / path.name
+        if target.is_dir():
+            shutil.rmtree(target)
+        path.replace(target)
+    partial.rmdir()
+    _sync(folder)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces a text file whole."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text)
+    _sync(partial)
+    partial.replace(path)
+
+
+def rotate(run: Path, limit: int | None, keep: Path | None) -> None:
+    """Removes the oldest checkpoints above `limit`, but never `keep`."""
+    existing = list(checkpoints(run).values())
+    for path in existing[: len(existing) - limit] if limit is not None else []:
+        if path != keep:
+            shutil.rmtree(path)
+
+
+def remove_partial(run: Path) -> None:
+    """Removes what a killed process left half written."""
+    for path in run.glob(".*.partial"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    shutil.rmtree(run / ".partial", ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

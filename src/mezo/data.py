@@ -1,0 +1,184 @@
+"""Rows of text from files, the Hub or memory, through the `datasets` library; splits and sampling by seed."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from datasets import Dataset, DatasetDict, IterableDataset, load_dataset
+from datasets.exceptions import DatasetsError
+
+from mezo.config import MeZOConfig
+from mezo.errors import UserError
+
+Row = dict[str, object]
+TrainData = str | Path | Sequence[Row] | Dataset
+
+_BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+
+
+class Splits(NamedTuple):
+    """Rows to train on and rows to evaluate on (possibly none)."""
+
+    train: Dataset
+    evaluation: Dataset | None
+
+
+def load_splits(config: MeZOConfig, train: TrainData | None = None, evaluation: TrainData | None = None) -> Splits:
+    """The rows that a config names; `train` and `evaluation` (paths or rows in memory) take precedence."""
+    train_source = train if train is not None else config.dataset_name
+    if train_source is None:
+        raise UserError("dataset_name is missing: a file, a folder or a Hub name")
+    seed = config.seed if config.data_seed is None else config.data_seed
+    train_rows = load_rows(train_source, config.dataset_config, config.dataset_train_split)
+    eval_rows = load_eval_rows(config, evaluation, train_source)
+    if config.validation_size and eval_rows is None:
+        train_rows, eval_rows = _hold_out(train_rows, config.validation_size, seed)
+    train_rows = _sample(train_rows, config.max_train_samples, seed, "max_train_samples")
+    if eval_rows is not None:
+        eval_rows = _sample(eval_rows, config.max_eval_samples, seed, "max_eval_samples")
+    return Splits(train_rows, eval_rows)
+
+
+def load_eval_rows(
+    config: MeZOConfig, evaluation: TrainData | None = None, train_source: TrainData | None = None
+) -> Dataset | None:
+    """Rows to evaluate on, if the config names any: a source of their own, or a split of the training source."""
+    source = evaluation if evaluation is not None else config.eval_dataset_name
+    if source is not None:
+        names = [config.dataset_test_split] if config.dataset_test_split else ["test", "validation", "train"]
+        return load_rows(source, config.dataset_config, *names)
+    if config.dataset_test_split is not None:
+        whole = train_source if train_source is not None else config.dataset_name
+        assert whole is not None
+        return load_rows(whole, config.dataset_config, config.dataset_test_split)
+    return None
+
+
+def load_rows(source: TrainData, dataset_config: str | None, *splits: str) -> Dataset:
+    """All rows of the first of `splits` that the source has. A single file has one split, whatever it is called.
+
+    Raises:
+        UserError: missing or malformed file (with the line), unknown split, no rows.
+    """
+    if isinstance(source, IterableDataset):
+        raise UserError("streaming data sets cannot be shuffled by seed; pass a datasets.Dataset")
+    if isinstance(source, Dataset):
+        rows = source
+    elif isinstance(source, (str, Path)):
+        rows = _load_named(str(source), dataset_config, splits)
+    else:
+        rows = Dataset.from_list(list(source))
+    if len(rows) == 0:
+        raise UserError(f"{source if isinstance(source, (str, Path)) else 'the data set'} holds no rows")
+    return rows
+
+
+def _load_named(name: str, dataset_config: str | None, splits: Sequence[str]) -> Dataset:
+    path = Path(name)
+    if path.is_file():
+        return _load_file(path)
+    if not path.exists() and (path.suffix in _BUILDERS or path.is_absolute() or name.startswith((".", "~"))):
+        raise UserError(f"dataset_name: there is no file {name!r}")
+    if path.is_dir():
+        path_files = {p.name.split(".")[0]: p for p in sorted(path.iterdir()) if _builder(p) is not None}
+        for split in splits:
+            if split in path_files:
+                return _load_file(path_files[split])
+    try:
+        found = load_dataset(name, dataset_config)
+    except (DatasetsError, OSError, ValueError) as error:
+        raise UserError(f"dataset_name {name!r}: {str(error).strip().splitlines()[0]}") from None
+    assert isinstance(found, DatasetDict)
+    for split in splits:
+        if split in found:
+            return found[split]
+    raise UserError(f"{name!r} has no split {splits[0]!r}; it has {', '.join(found)}")
+
+
+def _builder(path: Path) -> str | None:
+    return _BUILDERS.get(Path(path.name.removesuffix(".gz")).suffix)
+
+
+def _load_file(path: Path) -> Dataset:
+    builder = _builder(path)
+    if builder is None:
+        raise UserError(f"{path}: unknown file type; known are {', '.join(_BUILDERS)}, also with .gz")
+    if path.stat().st_size == 0:
+        raise UserError(f"{path} holds no rows")
+    if builder == "json":
+        _check_json_lines(path)
+    options = {"sep": "\t"} if ".tsv" in path.suffixes else {}
+    try:
+        return load_dataset(builder, data_files=str(path), split="train", **options)
+    except (DatasetsError, OSError, ValueError, TypeError) as error:
+        cause = error.__cause__ or error
+        raise UserError(f"{path}: {str(cause).strip().splitlines()[0]}") from None
+
+
+def _check_json_lines(path: Path) -> None:
+    """Names the first malformed line of a jsonl file; `datasets` does not."""
+    if not path.name.removesuffix(".gz").endswith(".jsonl"):
+        return
+    opener = gzip.open if path.suffix == ".gz" else open
+    number = 0
+    try:
+        with opener(path, "rt", encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip() and not isinstance(json.loads(line), dict):
+                    raise UserError(f"{path}, line {number}: not a JSON object")
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}, line {number or 1}: malformed JSON ({error})") from None
+    except (EOFError, gzip.BadGzipFile) as error:
+        raise UserError(f"{path}: damaged gzip file ({error})") from None
+
+
+def _hold_out(rows: Dataset, size: float, seed: int) -> Splits:
+    count = round(size * len(rows)) if size < 1 else int(size)
+    if not 0 < count < len(rows):
+        raise UserError(f"validation_size {size} of {len(rows)} rows leaves {len(rows) - count} to train on, {count} to hold out")
+    order = permutation(len(rows), seed)
+    return Splits(rows.select(order[count:]), rows.select(order[:count]))
+
+
+def _sample(rows: Dataset, count: int | None, seed: int, option: str) -> Dataset:
+    if count is None:
+        return rows
+    if count > len(rows):
+        raise UserError(f"{option} is {count}, but there are {len(rows)} rows")
+    return rows.select(permutation(len(rows), seed)[:count])
+
+
+def permutation(count: int, seed: int) -> list[int]:
+    """A random order of `count` things, a function of the seed alone."""
+    order: list[int] = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+    return order
+
+
+class BatchSampler:
+    """Which examples step `step` sees, as a function of the seed: epochs of random order, batches across their ends."""
+
+    def __init__(self, num_examples: int, batch_size: int, seed: int):
+        self.num_examples = num_examples
+        self.batch_size = batch_size
+        self._seed = seed
+        self._epoch = -1
+        self._order: list[int] = []
+
+    def __call__(self, step: int) -> list[int]:
+        """Indices of the examples of one step, counted from 0."""
+        positions = range(step * self.batch_size, (step + 1) * self.batch_size)
+        return [self._at(p // self.num_examples, p % self.num_examples) for p in positions]
+
+    def epoch(self, step: int) -> float:
+        """Passes over the data made before step `step`."""
+        return step * self.batch_size / self.num_examples
+
+    def _at(self, epoch: int, position: int) -> int:
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, permutation(self.num_examples, self._seed + epoch)
+        return self._order[position]

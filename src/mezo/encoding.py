@@ -1,0 +1,376 @@
+"""From rows to examples: which objective the columns ask for, and its token sequences."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from mezo.config import MeZOConfig
+from mezo.data import Row
+from mezo.errors import UserError
+from mezo.objective import Example, Target, TokenSequence
+
+logger = logging.getLogger(__name__)
+
+ModelKind = Literal["causal_lm", "masked_lm", "sequence_classification"]
+_MASK = "[MASK]"
+
+
+@dataclass
+class Encoder:
+    """Turns rows into examples for one objective.
+
+    Args:
+        name: the objective, for messages and the model card.
+        kind: the model head it needs.
+        labels: names of the options, where all rows have the same.
+        encode: one row to one example.
+    """
+
+    name: str
+    kind: ModelKind
+    labels: tuple[str, ...]
+    encode: Callable[[Row], Example]
+    num_truncated: int = 0
+
+    def __call__(self, rows: Sequence[Row]) -> list[Example]:
+        """Encodes all rows; says once how many were longer than the model's context."""
+        examples = []
+        for number, row in enumerate(rows):
+            try:
+                examples.append(self.encode(row))
+            except UserError as error:
+                raise UserError(f"row {number}: {error}") from None
+        return examples
+
+
+class _Tokens:
+    """Tokenizer and length limit; counts what it had to cut."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int):
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.num_truncated = 0
+        # What the tokenizer puts before and after any text: <s> … </s>, [CLS] … [SEP], or nothing.
+        inner, outer = self.ids("a"), list(tokenizer("a")["input_ids"])
+        before = next(i for i in range(len(outer)) if outer[i : i + len(inner)] == inner)
+        self.prefix, self.suffix = outer[:before], outer[before + len(inner) :]
+
+    def ids(self, text: str) -> list[int]:
+        """Tokens of a text, without special tokens around it."""
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def completion(self, prompt: str, answer: str, option: int, *, end: bool = False) -> TokenSequence:
+        """Prompt and answer; the answer's tokens are the targets. Too long: the prompt loses its start."""
+        ids = self.ids(prompt + answer)
+        start = _common_prefix(self.ids(prompt), ids)
+        if end and self.tokenizer.eos_token_id is not None:
+            ids.append(self.tokenizer.eos_token_id)
+        if start == len(ids):
+            raise UserError(f"the answer {answer!r} has no tokens")
+        room = self.max_length - len(self.prefix)
+        if len(ids) > room:
+            if len(ids) - start >= room:
+                raise UserError(f"the answer alone has {len(ids) - start} tokens, more than max_length {self.max_length}")
+            self.num_truncated += 1
+            start -= len(ids) - room
+            ids = ids[-room:]
+        offset = len(self.prefix)
+        # The first token of a text without any start token has nothing to be predicted from.
+        first = max(start + offset, 1)
+        targets = tuple(Target(i - 1, ids[i - offset], option) for i in range(first, len(ids) + offset))
+        if not targets:
+            raise UserError(f"{prompt + answer!r} is a single token: there is nothing to predict")
+        return TokenSequence((*self.prefix, *ids), targets)
+
+    def encoder_text(self, text: str, keep: int | None = None) -> tuple[int, ...]:
+        """Special tokens around a text. Too long: cut at the end, or at the start if that would lose token id `keep`."""
+        ids = self.ids(text)
+        room = self.max_length - len(self.prefix) - len(self.suffix)
+        if len(ids) > room:
+            self.num_truncated += 1
+            ids = ids[:room] if keep is None or keep in ids[:room] else ids[-room:]
+        return (*self.prefix, *ids, *self.suffix)
+
+
+def make_encoder(
+    columns: Sequence[str],
+    rows: Sequence[Row],
+    config: MeZOConfig,
+    model_config: PretrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    encoder_model: bool,
+    labels: Sequence[str] | None = None,
+) -> Encoder:
+    """The encoder that the columns ask for.
+
+    Args:
+        columns: of the rows.
+        rows: the training rows; a classification head takes its labels from them.
+        config: template, label words, lengths.
+        model_config: for the context length.
+        tokenizer: the model's.
+        encoder_model: whether the model is an encoder (else a decoder).
+        labels: the classes of a saved classification head, in its order.
+    """
+    tokens = _Tokens(tokenizer, context_length(config, model_config, tokenizer))
+    column_set = set(columns)
+    if encoder_model:
+        encoder = _for_encoder(column_set, rows, config, tokens, labels)
+    else:
+        encoder = _for_decoder(column_set, rows, config, tokens)
+    inner = encoder.encode
+
+    def encode(row: Row) -> Example:
+        before = tokens.num_truncated
+        example = inner(row)
+        encoder.num_truncated += tokens.num_truncated > before
+        return example
+
+    encoder.encode = encode
+    return encoder
+
+
+def context_length(config: MeZOConfig, model_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Longest input the model takes, or `max_length` if that is shorter."""
+    positions = getattr(model_config, "max_position_embeddings", None) or getattr(model_config, "n_positions", None)
+    limit = positions or 1 << 30
+    if model_config.model_type in ("roberta", "xlm-roberta", "camembert"):
+        limit -= model_config.pad_token_id + 1  # their positions start behind the padding token's
+    limit = min(limit, tokenizer.model_max_length)
+    if config.use_peft and config.peft_type == "prefix_tuning":
+        limit -= config.num_virtual_tokens
+    if config.max_length is not None and config.max_length > limit:
+        raise UserError(f"max_length {config.max_length} is more than the model's context of {limit} tokens")
+    return config.max_length or limit
+
+
+def label_key(value: object) -> str:
+    """The name under which a label value appears in `label_words`: 1, 1.0 and "1" are "1", True is "True"."""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+
+
+# --- encoders -------------------------------------------------------------------------------------------------------
+
+
+def _for_encoder(
+    columns: set[str], rows: Sequence[Row], config: MeZOConfig, tokens: _Tokens, labels: Sequence[str] | None
+) -> Encoder:
+    if config.label_words is None:
+        return _classification(columns, rows, config, tokens, labels)
+    _require_columns(columns, {config.label_column})
+    template = _template(config, columns)
+    mask_id = tokens.tokenizer.mask_token_id
+    if _MASK not in template:
+        raise UserError(f"template {template!r} has no {_MASK}, where an encoder reads the label word")
+    if mask_id is None:
+        raise UserError("the model's tokenizer has no mask token")
+    names = tuple(config.label_words)
+    space = "" if template.lstrip().startswith(_MASK) else " "
+    word_ids = [_single_token(tokens, space + word.strip()) for word in config.label_words.values()]
+
+    def encode(row: Row) -> Example:
+        text = _fill(template, row).replace(_MASK, tokens.tokenizer.mask_token)
+        ids = tokens.encoder_text(text, keep=mask_id)
+        if ids.count(mask_id) != 1:
+            raise UserError(f"the prompt has {ids.count(mask_id)} mask tokens, one is needed")
+        position = ids.index(mask_id)
+        targets = tuple(Target(position, word_id, option) for option, word_id in enumerate(word_ids))
+        return Example((TokenSequence(ids, targets),), _option(row, config.label_column, names))
+
+    return Encoder("masked label word", "masked_lm", names, encode)
+
+
+def _classification(
+    columns: set[str], rows: Sequence[Row], config: MeZOConfig, tokens: _Tokens, labels: Sequence[str] | None
+) -> Encoder:
+    _require_columns(columns, {config.label_column})
+    template = config.template or _default_text(columns)
+    if _MASK in template:
+        raise UserError(f"template has {_MASK}, but label_words are missing")
+    _require_columns(columns, set(_fields(template)))
+    found = {label_key(row[config.label_column]) for row in rows}
+    names = tuple(labels) if labels is not None else tuple(sorted(found, key=_label_order))
+    if len(names) < 2:
+        raise UserError(f"column {config.label_column!r} holds a single label, {names[0]!r}: there is nothing to classify")
+
+    def encode(row: Row) -> Example:
+        ids = tokens.encoder_text(_fill(template, row))
+        targets = tuple(Target(0, option, option) for option in range(len(names)))
+        return Example((TokenSequence(ids, targets),), _option(row, config.label_column, names))
+
+    return Encoder("classification head", "sequence_classification", names, encode)
+
+
+# --- decoders -------------------------------------------------------------------------------------------------------
+
+
+def _for_decoder(columns: set[str], rows: Sequence[Row], config: MeZOConfig, tokens: _Tokens) -> Encoder:
+    if config.label_words is not None:
+        return _label_words(columns, config, tokens)
+    if "messages" in columns:
+        return _messages(tokens)
+    if {"prompt", "choices"} <= columns:
+        return _choices(columns, config, tokens)
+    if {"prompt", "completion"} <= columns:
+        if rows and isinstance(rows[0]["prompt"], list):
+            return _conversations(tokens)
+        return Encoder("completion", "causal_lm", (), lambda row: _completion(tokens, row))
+    if "text" in columns and config.label_column not in columns:
+        return Encoder("language modelling", "causal_lm", (), lambda row: _language_model(tokens, row))
+    wanted = "prompt and completion; messages; prompt, choices and label; text; or text and label with label_words"
+    raise UserError(f"columns {_listed(columns)} are none of these: {wanted}")
+
+
+def _completion(tokens: _Tokens, row: Row) -> Example:
+    return Example((tokens.completion(_text(row, "prompt"), _text(row, "completion"), 0, end=True),))
+
+
+def _language_model(tokens: _Tokens, row: Row) -> Example:
+    return Example((tokens.completion("", _text(row, "text"), 0, end=True),))
+
+
+def _label_words(columns: set[str], config: MeZOConfig, tokens: _Tokens) -> Encoder:
+    assert config.label_words is not None
+    _require_columns(columns, {config.label_column})
+    template = _template(config, columns)
+    names, words = tuple(config.label_words), tuple(config.label_words.values())
+
+    def encode(row: Row) -> Example:
+        prompt = _fill(template, row)
+        sequences = tuple(tokens.completion(prompt, _spaced(prompt, word), i) for i, word in enumerate(words))
+        return Example(sequences, _option(row, config.label_column, names))
+
+    return Encoder("label words", "causal_lm", names, encode)
+
+
+def _choices(columns: set[str], config: MeZOConfig, tokens: _Tokens) -> Encoder:
+    _require_columns(columns, {config.label_column})
+
+    def encode(row: Row) -> Example:
+        prompt, choices, label = _text(row, "prompt"), row["choices"], row[config.label_column]
+        if not isinstance(choices, list) or len(choices) < 2:
+            raise UserError(f"choices must be a list of at least two texts, got {choices!r}")
+        if not isinstance(label, int) or not 0 <= label < len(choices):
+            raise UserError(f"label {label!r} is not an index into its {len(choices)} choices")
+        answers = [_spaced(prompt, str(c)) for c in choices]
+        return Example(tuple(tokens.completion(prompt, a, i) for i, a in enumerate(answers)), label)
+
+    return Encoder("multiple choice", "causal_lm", (), encode)
+
+
+def _messages(tokens: _Tokens) -> Encoder:
+    def encode(row: Row) -> Example:
+        messages = row["messages"]
+        if not isinstance(messages, list) or not messages or messages[-1].get("role") != "assistant":
+            raise UserError("messages must be a list that ends with an assistant's message")
+        return _chat(tokens, messages[:-1], messages)
+
+    return Encoder("completion of a conversation", "causal_lm", (), encode)
+
+
+def _conversations(tokens: _Tokens) -> Encoder:
+    def encode(row: Row) -> Example:
+        prompt, completion = row["prompt"], row["completion"]
+        assert isinstance(prompt, list) and isinstance(completion, list)
+        return _chat(tokens, prompt, prompt + completion)
+
+    return Encoder("completion of a conversation", "causal_lm", (), encode)
+
+
+def _chat(tokens: _Tokens, prompt: list[Row], whole: list[Row]) -> Example:
+    if tokens.tokenizer.chat_template is None:
+        raise UserError("the model's tokenizer has no chat template; use prompt and completion columns")
+    before = tokens.tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    text = tokens.tokenizer.apply_chat_template(whole, tokenize=False)
+    assert isinstance(before, str) and isinstance(text, str)
+    # A template writes its own start token; the tokenizer must not add a second one.
+    bos = tokens.tokenizer.bos_token
+    if tokens.prefix and bos is not None:
+        before, text = before.removeprefix(bos), text.removeprefix(bos)
+    if not text.startswith(before):
+        raise UserError("the chat template does not continue its own generation prompt")
+    return Example((tokens.completion(before, text[len(before) :], 0),))
+
+
+# --- rows and templates ---------------------------------------------------------------------------------------------
+
+
+def _text(row: Row, column: str) -> str:
+    value = row[column]
+    if not isinstance(value, str):
+        raise UserError(f"column {column!r} holds {value!r}, a text is needed")
+    return value
+
+
+def _spaced(prompt: str, answer: str) -> str:
+    """The answer with a space before it, unless prompt or answer bring white space."""
+    return answer if not prompt or prompt[-1].isspace() or answer[:1].isspace() else " " + answer
+
+
+def _fields(template: str) -> list[str]:
+    return re.findall(r"\{(\w+)\}", template)
+
+
+def _fill(template: str, row: Row) -> str:
+    return re.sub(r"\{(\w+)\}", lambda m: str(row[m.group(1)]), template)
+
+
+def _template(config: MeZOConfig, columns: set[str]) -> str:
+    if config.template is None:
+        raise UserError("label_words need a template, '{text} It was [MASK].' for an encoder or '{text}\\nSentiment:' for a decoder")
+    if not _fields(config.template):
+        raise UserError(f"template {config.template!r} names no column in braces; columns are {_listed(columns)}")
+    _require_columns(columns, set(_fields(config.template)))
+    return config.template
+
+
+def _default_text(columns: set[str]) -> str:
+    for fields in (("text",), ("sentence",), ("premise", "hypothesis"), ("sentence1", "sentence2")):
+        if columns.issuperset(fields):
+            return " ".join(f"{{{f}}}" for f in fields)
+    raise UserError(f"column 'text' is missing; found {_listed(columns)}")
+
+
+def _require_columns(columns: set[str], needed: set[str]) -> None:
+    missing = sorted(needed - columns)
+    if missing:
+        raise UserError(f"column {missing[0]!r} is missing; found {_listed(columns)}")
+
+
+def _listed(columns: set[str]) -> str:
+    return ", ".join(sorted(columns)) or "none"
+
+
+def _option(row: Row, column: str, names: tuple[str, ...]) -> int:
+    key = label_key(row[column])
+    if key not in names:
+        raise UserError(f"label {key!r} is not among the labels {', '.join(names)}")
+    return names.index(key)
+
+
+def _label_order(name: str) -> tuple[bool, int, str]:
+    """Numbers by value, before words by alphabet."""
+    return (False, int(name), "") if name.lstrip("-").isdigit() else (True, 0, name)
+
+
+def _single_token(tokens: _Tokens, word: str) -> int:
+    ids = tokens.ids(word)
+    if len(ids) != 1 or ids[0] == tokens.tokenizer.unk_token_id:
+        raise UserError(f"label word {word.strip()!r} is {len(ids)} tokens for this model, one is needed")
+    return ids[0]
+
+
+def _common_prefix(a: list[int], b: list[int]) -> int:
+    """Length of the longest common beginning."""
+    for i, (x, y) in enumerate(zip(a, b, strict=False)):
+        if x != y:
+            return i
+    return min(len(a), len(b))

@@ -1,0 +1,76 @@
+"""What a journal's header says about its run, and whether a run may go on from it."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+from collections.abc import Sequence
+from pathlib import Path
+
+import xxhash
+
+from mezo.config import MeZOConfig
+from mezo.errors import JournalError
+from mezo.journal import FORMAT_VERSION, JsonObject
+from mezo.objective import Example
+from mezo.philox import RNG_VERSION
+
+
+def make_header(
+    config: MeZOConfig,
+    *,
+    objective: str,
+    kind: str,
+    labels: Sequence[str],
+    model_digest: str,
+    initial_digest: str,
+    train_examples: Sequence[Example],
+) -> JsonObject:
+    """Everything that the weights depend on besides the records: versions, config, hashes of model and data.
+
+    Args:
+        config: the run.
+        objective: its name.
+        kind: the model's head, see `mezo.encoding.ModelKind`.
+        labels: names of the options, for a classification head its classes.
+        model_digest: hash of the base model before training.
+        initial_digest: hash of the trained parameters before training.
+        train_examples: encoded training rows.
+    """
+    packages = ("mezo", "torch", "transformers", "peft", "datasets")
+    return {
+        "format": FORMAT_VERSION,
+        "rng": RNG_VERSION,
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "config": config.to_dict(),
+        "objective": objective,
+        "kind": kind,
+        "labels": list(labels),
+        "model_digest": model_digest,
+        "initial_digest": initial_digest,
+        "data_digest": xxhash.xxh3_128(repr(list(train_examples)).encode()).hexdigest(),
+    }
+
+
+def check_header(recorded: journal.JsonObject, present: journal.JsonObject, path: Path) -> None:
+    """A journal continues only on the model, data order and settings that it was started with."""
+    for key in ("rng", "model_digest", "initial_digest", "data_digest"):
+        if recorded[key] != present[key]:
+            raise JournalError(f"{path}: the journal's {key} is {recorded[key]}, this run's is {present[key]}")
+    before, now = recorded["config"], present["config"]
+    assert isinstance(before, dict) and isinstance(now, dict)
+    for key, value in before.items():
+        if key not in _MAY_CHANGE and now.get(key) != value:
+            raise JournalError(f"{path}: the run was started with {key} {value!r}, now it is {now.get(key)!r}")
+
+
+# What a resumed run may set anew: nothing that decides losses, directions or updates of the remaining steps.
+_MAY_CHANGE = frozenset(
+    f.name
+    for f in dataclasses.fields(MeZOConfig)
+    if f.name
+    in "model_name_or_path model_revision trust_remote_code attn_implementation engine use_cpu dataset_name dataset_config "
+    "eval_dataset_name dataset_test_split max_eval_samples output_dir max_steps per_device_eval_batch_size logging_steps "
+    "logging_first_step eval_steps eval_on_start save_steps save_total_limit load_best_model_at_end "
+    "metric_for_best_model resume_from_checkpoint report_to run_name disable_tqdm".split()
+)

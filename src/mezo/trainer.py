@@ -1,0 +1,347 @@
+"""The training loop: probes, losses, coefficients, journal, update."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import TrainerCallback, TrainerControl, TrainerState
+
+from mezo import checkpoint, journal
+from mezo.callbacks import ProgressCallback, callback_handler, training_arguments
+from mezo.config import MeZOConfig
+from mezo.data import BatchSampler
+from mezo.engines.base import Engine
+from mezo.errors import NonFiniteLossError, UserError
+from mezo.estimator import Estimator, Outcome, Record, TwoPoint, is_finite
+from mezo.evaluation import Metrics, evaluate
+from mezo.header import check_header
+from mezo.model_card import model_card
+from mezo.objective import Example, batch_loss
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run leaves.
+
+    Args:
+        output_dir: the run's folder; the final weights or adapter lie in it.
+        model_path: folder to load from: with `PeftModel.from_pretrained` after LoRA or prefix tuning, else with
+            transformers' `from_pretrained`.
+        journal_path: the journal.
+        best_checkpoint: the checkpoint with the best evaluation, if there was one.
+        metrics: evaluation of the final weights, if there are evaluation rows.
+        global_step: steps trained in all.
+        train_loss: mean of (loss_plus + loss_minus) / 2 over the last `logging_steps` steps.
+    """
+
+    output_dir: Path
+    model_path: Path
+    journal_path: Path
+    best_checkpoint: Path | None
+    metrics: Metrics | None
+    global_step: int
+    train_loss: float
+
+
+class MeZOTrainer:
+    """Trains an engine's parameters with forward passes.
+
+    Args:
+        config: the run.
+        engine: evaluates and updates the model, see `mezo.engines.base`.
+        train_examples: encoded training rows.
+        eval_examples: encoded evaluation rows, or None.
+        header: facts about model and versions that the journal's header keeps, see `mezo.api.journal_header`.
+        callbacks: `transformers.TrainerCallback`s.
+        estimator: probes and coefficients; two-point SPSA if not given.
+    """
+
+    def __init__(
+        self,
+        config: MeZOConfig,
+        engine: Engine,
+        train_examples: Sequence[Example],
+        eval_examples: Sequence[Example] | None,
+        header: journal.JsonObject,
+        callbacks: Sequence[TrainerCallback] = (),
+        estimator: Estimator | None = None,
+    ):
+        self.config = config
+        self.engine = engine
+        self.train_examples = train_examples
+        self.eval_examples = eval_examples
+        self.estimator = estimator or TwoPoint(config.seed, config.epsilon)
+        self.run = Path(config.output_dir)
+        self.header = header
+        self.args = training_arguments(config)
+        self.state = TrainerState(
+            max_steps=config.max_steps,
+            logging_steps=config.logging_steps,
+            eval_steps=config.eval_steps or 0,
+            save_steps=config.save_steps,
+            train_batch_size=config.per_device_train_batch_size,
+        )
+        self.control = TrainerControl()
+        self.callbacks = callback_handler(config, self.args, callbacks, None, None)
+        self.sampler = BatchSampler(
+            len(train_examples), config.batch_size, config.seed if config.data_seed is None else config.data_seed
+        )
+        self._journal: journal.Journal | None = None
+        self._recent: list[Record] = []  # since the last log entry
+        self._log_time = time.perf_counter()
+        self._unfinished_step = False  # resumed behind a step whose log, evaluation or checkpoint may be missing
+
+    # --- the step ---------------------------------------------------------------------------------------------------
+
+    def step(self) -> list[Record]:
+        """One training step: two forward passes, one record, one update."""
+        step = self.state.global_step
+        examples = [self.train_examples[i] for i in self.sampler(step)]
+        probes = self.estimator.probes(step)
+        losses_PN = self.engine.losses(examples, probes)
+        outcomes = self.estimator.outcomes(probes, [batch_loss(examples, losses_N) for losses_N in losses_PN])
+        records = self._records(examples, outcomes)
+        if not all(map(is_finite, records)):
+            raise NonFiniteLossError(self._non_finite_message(step, losses_PN.isfinite().all(dim=0).tolist()))
+        assert self._journal is not None
+        self._journal.append(records)
+        self.engine.update(records)
+        return records
+
+    def _records(self, examples: Sequence[Example], outcomes: Sequence[Outcome]) -> list[Record]:
+        num_tokens = sum(e.num_tokens for e in examples)
+        counts = {"num_tokens": num_tokens, "num_examples": len(examples), "num_queries": len(outcomes)}
+        return [
+            Record(self.state.global_step, *outcome, self.config.learning_rate, query=query, **counts)
+            for query, outcome in enumerate(outcomes)
+        ]
+
+    # --- the run ----------------------------------------------------------------------------------------------------
+
+    def train(self) -> TrainResult:
+        """Trains from the start, or from where the journal ends with `resume_from_checkpoint`."""
+        self._journal = self._open_journal()
+        try:
+            if self._unfinished_step or self.state.global_step < self.config.max_steps:
+                self._loop()
+            return self._finish()
+        except BaseException:
+            for callback in self.callbacks.callbacks:
+                if isinstance(callback, ProgressCallback):
+                    callback.stop()
+            raise
+        finally:
+            self._journal.close()
+
+    def _loop(self) -> None:
+        self._event("on_train_begin")
+        if self._unfinished_step:
+            self._event("on_step_end")
+            self._act()
+        if self.config.eval_on_start and self.state.global_step == 0:
+            self._evaluate()
+        self._log_time = time.perf_counter()
+        while self.state.global_step < self.config.max_steps and not self.control.should_training_stop:
+            self._event("on_step_begin")
+            try:
+                records = self.step()
+            except NonFiniteLossError:
+                self._save_checkpoint()
+                raise
+            self.state.global_step += 1
+            self.state.epoch = self.sampler.epoch(self.state.global_step)
+            self.state.num_input_tokens_seen += records[0].num_tokens
+            self._recent += records
+            self._event("on_step_end")
+            self._act()
+        self._event("on_train_end")
+
+    def _act(self) -> None:
+        """What the callbacks asked for after a step."""
+        if self.control.should_log:
+            self._log(self._train_logs())
+        if self.control.should_evaluate and self.eval_examples is not None:
+            self._evaluate()
+        if self.control.should_save:
+            self._save_checkpoint()
+
+    def _finish(self) -> TrainResult:
+        """Final evaluation, and the final weights at the root of the run's folder."""
+        best = self.state.best_model_checkpoint
+        if self.config.load_best_model_at_end and best is not None:
+            self.engine.load(Path(best))
+        metrics = evaluate(self.engine, self.eval_examples) if self.eval_examples is not None else None
+        checkpoint.write_files(self.run, lambda folder: self._write(folder, metrics))
+        last = journal.read(self._journal_path).steps[-self.config.logging_steps :]
+        return TrainResult(
+            output_dir=self.run,
+            model_path=self.run,
+            journal_path=self._journal_path,
+            best_checkpoint=Path(best) if best is not None else None,
+            metrics=metrics,
+            global_step=self.state.global_step,
+            train_loss=mean_loss([r for records in last for r in records]),
+        )
+
+    # --- logs, evaluation, checkpoints ------------------------------------------------------------------------------
+
+    def _train_logs(self) -> dict[str, float]:
+        now = time.perf_counter()
+        tokens = 2 * sum(r.num_tokens for r in self._recent if r.query == 0)
+        logs = {**log_entry(self._recent), "tokens_per_second": tokens / (now - self._log_time)}
+        self._recent, self._log_time = [], now
+        return logs
+
+    def _log(self, logs: dict[str, float]) -> None:
+        self.state.log_history.append(self._dated(logs, self.state.global_step))
+        self.control.should_log = False
+        self.control = self.callbacks.on_log(self.args, self.state, self.control, logs)
+
+    def _dated(self, logs: dict[str, float], step: int) -> dict[str, float]:
+        return {**logs, "epoch": self.sampler.epoch(step), "step": step}
+
+    def _evaluate(self) -> None:
+        assert self.eval_examples is not None
+        started = time.perf_counter()
+        metrics = evaluate(self.engine, self.eval_examples)
+        self._log({"eval_loss": metrics.loss, "eval_accuracy": metrics.accuracy})
+        self.control = self.callbacks.on_evaluate(
+            self.args, self.state, self.control, {"eval_loss": metrics.loss, "eval_accuracy": metrics.accuracy}
+        )
+        if self.state.global_step and self._is_best(metrics):
+            self.state.best_global_step = self.state.global_step
+            self.state.best_model_checkpoint = str(checkpoint.checkpoint_path(self.run, self.state.global_step))
+            self.control.should_save = True
+        else:
+            self._save_state()
+        self._log_time += time.perf_counter() - started
+
+    def _is_best(self, metrics: Metrics) -> bool:
+        metric = getattr(metrics, self.config.metric_for_best_model)
+        sign = 1.0 if self.config.metric_for_best_model == "accuracy" else -1.0
+        if self.state.best_metric is not None and sign * metric <= sign * self.state.best_metric:
+            return False
+        self.state.best_metric = metric
+        return True
+
+    def _save_checkpoint(self) -> None:
+        assert self._journal is not None
+        started = time.perf_counter()
+        self._journal.sync()
+        path = checkpoint.checkpoint_path(self.run, self.state.global_step)
+        checkpoint.write_folder(path, lambda folder: self._write(folder, None))
+        best = self.state.best_model_checkpoint
+        checkpoint.rotate(self.run, self.config.save_total_limit, Path(best) if best else None)
+        self._save_state()
+        self.control = self.callbacks.on_save(self.args, self.state, self.control)
+        self._log_time += time.perf_counter() - started
+
+    def _write(self, folder: Path, metrics: Metrics | None) -> None:
+        self.engine.save(folder)
+        (folder / "README.md").write_text(model_card(self.config, self.header, self.state, metrics))
+        (folder / checkpoint.STATE_NAME).write_text(state_json(self.state))
+
+    def _save_state(self) -> None:
+        checkpoint.write_text(self.run / checkpoint.STATE_NAME, state_json(self.state))
+
+    # --- journal and resume -----------------------------------------------------------------------------------------
+
+    @property
+    def _journal_path(self) -> Path:
+        return self.run / checkpoint.JOURNAL_NAME
+
+    def _open_journal(self) -> journal.Journal:
+        try:
+            self.run.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:
+            raise UserError(f"output_dir {str(self.run)!r} is a file") from None
+        if self._journal_path.exists():
+            if not self.config.resume_from_checkpoint:
+                raise UserError(
+                    f"output_dir {str(self.run)!r} holds a run already; resume_from_checkpoint goes on with it, "
+                    "or choose another folder"
+                )
+            return self._resume()
+        return journal.Journal.create(self._journal_path, self.header)
+
+    def _resume(self) -> journal.Journal:
+        """Weights from the newest usable checkpoint, then the journal's later records over them."""
+        opened, contents = journal.Journal.resume(self._journal_path)
+        try:
+            checkpoint.remove_partial(self.run)
+            if contents.dropped_bytes:
+                logger.warning("dropped a torn record of %d bytes at the end of the journal", contents.dropped_bytes)
+            check_header(contents.header, self.header, self._journal_path)
+            usable = {s: p for s, p in checkpoint.checkpoints(self.run).items() if s <= len(contents.steps)}
+            start = max(usable, default=0)
+            if start:
+                self.engine.load(usable[start])
+            for records in contents.steps[start:]:
+                self.engine.update(records)
+            self._restore_state(contents.steps)
+        except BaseException:
+            opened.close()
+            raise
+        logger.warning("resumed at step %d of %d", self.state.global_step, self.config.max_steps)
+        return opened
+
+    def _restore_state(self, steps: list[list[Record]]) -> None:
+        """State as last written, and the log entries since then from the journal."""
+        path = self.run / checkpoint.STATE_NAME
+        saved = TrainerState.load_from_json(str(path)) if path.exists() else TrainerState()
+        for name in ("log_history", "best_metric", "best_global_step", "best_model_checkpoint"):
+            setattr(self.state, name, getattr(saved, name))
+        for step, records in enumerate(steps[saved.global_step :], start=saved.global_step + 1):
+            self._recent += records
+            first = step == 1 and self.config.logging_first_step
+            if step < len(steps) and (first or step % self.config.logging_steps == 0):
+                self.state.log_history.append(self._dated(log_entry(self._recent), step))
+                self._recent = []
+        self.state.global_step = len(steps)
+        self.state.epoch = self.sampler.epoch(len(steps))
+        self.state.num_input_tokens_seen = sum(records[0].num_tokens for records in steps)
+        self._unfinished_step = saved.global_step < len(steps)
+
+    # --- help -------------------------------------------------------------------------------------------------------
+
+    def _event(self, name: str) -> None:
+        self.control = getattr(self.callbacks, name)(self.args, self.state, self.control)
+
+    def _non_finite_message(self, step: int, finite: list[bool]) -> str:
+        rows = [i for i, good in zip(self.sampler(step), finite, strict=True) if not good]
+        listed = ", ".join(map(str, rows[:8])) + (" …" if len(rows) > 8 else "")
+        return (
+            f"the loss of step {step} is not finite for training rows {listed or '(their mean overflows)'}; the weights are "
+            f"those after {step} steps, saved in checkpoint-{step}. Lower learning_rate or epsilon, or look at these rows."
+        )
+
+
+def log_entry(records: Sequence[Record]) -> dict[str, float]:
+    """The log entry of the steps since the last one."""
+    last = records[-1]
+    return {
+        "loss": mean_loss(records),
+        "projected_grad": last.coefficient,
+        "loss_plus": last.loss_plus,
+        "loss_minus": last.loss_minus,
+        "learning_rate": last.learning_rate,
+    }
+
+
+def state_json(state: TrainerState) -> str:
+    """transformers' own form of trainer_state.json."""
+    return json.dumps(dataclasses.asdict(state), indent=2, sort_keys=True) + "\n"
+
+
+def mean_loss(records: Sequence[Record]) -> float:
+    """Mean of (loss_plus + loss_minus) / 2; NaN for no records."""
+    return sum((r.loss_plus + r.loss_minus) / 2 for r in records) / len(records) if records else math.nan
