@@ -1,0 +1,180 @@
+"""The command line. Heavy imports happen inside the commands, so that `mezo --help` answers at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn, TypeVar, get_type_hints
+
+import tyro
+
+from mezo import __version__
+from mezo.cli.options import EvalOptions, MergeOptions, PresetsOptions, ReplayOptions
+from mezo.config import PRESETS, MeZOConfig, preset, unknown_key_message
+from mezo.errors import NonFiniteLossError, UserError
+
+_Options = TypeVar("_Options")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of `mezo`; exits with 0, with 1 after an error, 2 after wrong usage, 130 when interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_help())
+        raise SystemExit(0)
+    if arguments[0] == "--version":
+        print(f"mezo {__version__}")
+        raise SystemExit(0)
+    name, *rest = arguments
+    if name not in COMMANDS:
+        nearest = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.0)[0]
+        _fail(f"unknown command {name!r}; the nearest one is {nearest!r}", code=2)
+    try:
+        COMMANDS[name][0](rest)
+    except (UserError, NonFiniteLossError) as error:
+        _fail(str(error))
+    except OSError as error:
+        _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
+    except KeyboardInterrupt:
+        _fail("interrupted; every finished step is in the journal, --resume_from_checkpoint goes on from there", code=130)
+
+
+def _train(argv: list[str]) -> None:
+    config = parse_train(argv)
+    from mezo.cli.commands import train
+
+    train(config)
+
+
+def _eval(argv: list[str]) -> None:
+    options = _parse(EvalOptions, argv, "mezo eval")
+    from mezo.cli.commands import evaluate
+
+    evaluate(options)
+
+
+def _replay(argv: list[str]) -> None:
+    options = _parse(ReplayOptions, _positional(argv, "run"), "mezo replay")
+    from mezo.cli.commands import replay
+
+    replay(options)
+
+
+def _merge(argv: list[str]) -> None:
+    options = _parse(MergeOptions, argv, "mezo merge")
+    from mezo.cli.commands import merge
+
+    merge(options)
+
+
+def _presets(argv: list[str]) -> None:
+    _parse(PresetsOptions, argv, "mezo presets")
+    for name, entry in PRESETS.items():
+        rates = ", ".join(f"{rate:g}" for rate in entry.learning_rates)
+        values = "  ".join(f"{key}={value}" for key, value in entry.values.items())
+        print(f"{name:15} learning_rate in {{{rates}}}  {values}\n{'':15} {entry.source}")
+
+
+def _env(argv: list[str]) -> None:
+    _parse(PresetsOptions, argv, "mezo env")
+    from mezo.cli.commands import env
+
+    env()
+
+
+COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
+    "train": (_train, "fine-tune a model; flags are the fields of MeZOConfig, --config FILE.yaml and --preset under them"),
+    "eval": (_eval, "accuracy and loss of a model, or of a model with an adapter"),
+    "replay": (_replay, "rebuild the trained weights from the base model and the journal alone"),
+    "merge": (_merge, "add a LoRA adapter to its base model and save a transformers model"),
+    "presets": (_presets, "list the paper's settings for --preset"),
+    "env": (_env, "versions and hardware, for bug reports"),
+}
+
+
+def parse_train(argv: list[str]) -> MeZOConfig:
+    """The config of a command line: flags over --config over --preset over the defaults."""
+    argv, config_file = _take(argv, "config")
+    argv, preset_name = _take(argv, "preset")
+    values: dict[str, object] = {"model_name_or_path": tyro.MISSING}
+    if preset_name is not None:
+        values |= {**preset(preset_name).config(model_name_or_path="").to_dict(), **values}
+    if config_file is not None:
+        values |= _read_yaml(Path(config_file))
+    options = _parse(_TrainOptions, argv, "mezo train", _TrainOptions(**values), extra=("config", "preset"))
+    return MeZOConfig.from_dict(dataclasses.asdict(options))
+
+
+def _unchecked(config: type) -> type:
+    """A dataclass with the same fields but no checks: tyro would print a failed check as a parsing error."""
+    hints = get_type_hints(config)
+    fields = [(f.name, hints[f.name], dataclasses.field(default=f.default)) for f in dataclasses.fields(config)]
+    options = dataclasses.make_dataclass(config.__name__, fields, kw_only=True)
+    options.__doc__ = config.__doc__
+    return options
+
+
+_TrainOptions = _unchecked(MeZOConfig)
+
+
+def _read_yaml(path: Path) -> dict[str, object]:
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise UserError(f"--config {path}: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"--config {path}: a mapping of option names to values is needed")
+    names = [f.name for f in dataclasses.fields(MeZOConfig)]
+    for key in values:
+        if key not in names:
+            raise UserError(f"--config {path}: {unknown_key_message(str(key), names)}")
+    return values
+
+
+def _parse(
+    options: type[_Options], argv: list[str], prog: str, default: _Options | None = None, extra: Sequence[str] = ()
+) -> _Options:
+    """tyro's parser with underscores, and one line about an unknown option."""
+    names = [f.name for f in dataclasses.fields(options)]  # type: ignore[arg-type]
+    for argument in argv:
+        name = argument[2:].partition("=")[0].replace("-", "_")
+        if argument.startswith("--") and name.removeprefix("no_") not in (*names, "help"):
+            raise UserError(unknown_key_message(name, [*names, *extra]).replace("'", ""))
+    return tyro.cli(
+        options, args=argv, prog=prog, default=default, config=(tyro.conf.OmitArgPrefixes,), use_underscores=True
+    )
+
+
+def _take(argv: list[str], option: str) -> tuple[list[str], str | None]:
+    """Removes `--option VALUE` or `--option=VALUE`."""
+    for i, argument in enumerate(argv):
+        if argument == f"--{option}":
+            if i + 1 == len(argv):
+                raise UserError(f"--{option} needs a value")
+            return argv[:i] + argv[i + 2 :], argv[i + 1]
+        if argument.startswith(f"--{option}="):
+            return argv[:i] + argv[i + 1 :], argument.partition("=")[2]
+    return argv, None
+
+
+def _positional(argv: list[str], name: str) -> list[str]:
+    """Lets a leading positional argument stand for `--name`."""
+    return [f"--{name}", *argv] if argv and not argv[0].startswith("-") else argv
+
+
+def _help() -> str:
+    lines = "\n".join(f"  {name:9} {text}" for name, (_, text) in COMMANDS.items())
+    return (
+        f"mezo {__version__}: fine-tune language models with forward passes only\n\n"
+        f"usage: mezo COMMAND [options]\n\n{lines}\n\nmezo COMMAND --help lists a command's options."
+    )
+
+
+def _fail(message: str, code: int = 1) -> NoReturn:
+    print(f"mezo: error: {message}", file=sys.stderr)
+    raise SystemExit(code)

@@ -1,0 +1,104 @@
+"""What the commands do; imported only when one runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import warnings
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers.utils import logging as transformers_logging
+
+from mezo import api
+from mezo.cli.options import EvalOptions, MergeOptions, ReplayOptions
+from mezo.config import MeZOConfig
+from mezo.evaluation import Metrics
+from mezo.kernels import cpu as cpu_kernels
+
+
+def _quiet() -> None:
+    """Our own lines only: no bars of transformers and datasets, warnings as single lines."""
+    import datasets
+
+    logging.basicConfig(format="mezo: %(message)s", level=logging.WARNING)
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity_error()
+    warnings.showwarning = lambda message, *rest: logging.getLogger("mezo").warning("%s", message)
+
+
+def train(config: MeZOConfig) -> None:
+    """`mezo train`."""
+    _quiet()
+    trainer = api.build_trainer(config)
+    result = trainer.train()
+    print(f"trained {result.global_step} steps, loss {result.train_loss:.4f}: {result.model_path}")
+    if result.best_checkpoint is not None:
+        print(f"best checkpoint: {result.best_checkpoint}")
+    if result.metrics is not None:
+        _print_metrics(result.metrics)
+
+
+def evaluate(options: EvalOptions) -> None:
+    """`mezo eval`."""
+    _quiet()
+    names = {f.name for f in dataclasses.fields(MeZOConfig)}
+    values = {key: value for key, value in dataclasses.asdict(options).items() if key in names}
+    metrics = api.eval_model(MeZOConfig.from_dict(values), options.adapter_name_or_path)
+    if options.json:
+        print(json.dumps(metrics._asdict()))
+    else:
+        _print_metrics(metrics)
+
+
+def replay(options: ReplayOptions) -> None:
+    """`mezo replay`."""
+    _quiet()
+    path = api.replay(
+        options.run, options.output_dir, model_name_or_path=options.model_name_or_path, step=options.step
+    )
+    print(f"rebuilt: {path}")
+
+
+def merge(options: MergeOptions) -> None:
+    """`mezo merge`."""
+    _quiet()
+    path = api.merge(
+        options.adapter_name_or_path, options.output_dir, model_name_or_path=options.model_name_or_path
+    )
+    print(f"merged: {path}")
+
+
+def env() -> None:
+    """`mezo env`."""
+    packages = "mezo torch transformers peft datasets safetensors numba numpy".split()
+    facts = {name: _version(name) for name in packages}
+    facts["python"] = platform.python_version()
+    facts["platform"] = platform.platform()
+    facts["cpu threads"] = f"{torch.get_num_threads()} of {os.cpu_count()}"
+    facts["compiled CPU kernels"] = "yes" if cpu_kernels.enabled() else "no (pip install 'mezo[cpu]')"
+    facts["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    for name, value in facts.items():
+        print(f"{name:22} {value}")
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _print_metrics(metrics: Metrics) -> None:
+    table = Table("accuracy", "loss", "examples")
+    table.add_row(f"{metrics.accuracy:.4f}", f"{metrics.loss:.4f}", str(metrics.num_examples))
+    Console().print(table)
+
+

@@ -1,0 +1,84 @@
+"""Options of the commands other than `train`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalOptions:
+    """Accuracy and loss of a model, or of a model with an adapter.
+
+    Template, label words and label column come from the journal beside the adapter or model if they are not given.
+
+    Args:
+        model_name_or_path: Folder or Hub name of the model.
+        dataset_name: File, folder or Hub name of the rows.
+        adapter_name_or_path: Folder of a PEFT adapter for the model.
+        dataset_config: Configuration of the data set on the Hub.
+        dataset_test_split: Split to evaluate; validation, test or train if not given, the first there is.
+        max_eval_samples: Evaluate the first so many rows.
+        template: Prompt with the row's columns in braces.
+        label_words: Word for each label.
+        label_column: Column that holds the label.
+        max_length: Longest input in tokens.
+        per_device_eval_batch_size: Examples in a forward pass.
+        dtype: Weights' type.
+        use_cpu: Stay on the CPU even if there is a GPU.
+        trust_remote_code: Run modelling code that comes with the model.
+        json: Print one JSON object instead of a table.
+    """
+
+    model_name_or_path: str
+    dataset_name: str
+    adapter_name_or_path: str | None = None
+    dataset_config: str | None = None
+    dataset_test_split: str | None = None
+    max_eval_samples: int | None = None
+    template: str | None = None
+    label_words: dict[str, str] | None = None
+    label_column: str = "label"
+    max_length: int | None = None
+    per_device_eval_batch_size: int = 64
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    use_cpu: bool = False
+    trust_remote_code: bool = False
+    json: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplayOptions:
+    """Rebuilds the trained weights of RUN from the base model and the journal alone: `mezo replay RUN --output_dir W`.
+
+    Args:
+        run: Folder of the run, or its journal.
+        output_dir: Folder for the weights; must not exist.
+        model_name_or_path: The base model, if it has moved since.
+        step: Apply that many steps; as many as the run's final weights hold if not given.
+    """
+
+    run: str
+    output_dir: str
+    model_name_or_path: str | None = None
+    step: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeOptions:
+    """Adds a LoRA adapter to its base model's weights and saves a transformers model.
+
+    Args:
+        adapter_name_or_path: Folder of the adapter.
+        output_dir: Folder for the model; must not exist.
+        model_name_or_path: The base model, if it has moved since.
+    """
+
+    adapter_name_or_path: str
+    output_dir: str
+    model_name_or_path: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PresetsOptions:
+    """No options."""
