@@ -25,13 +25,19 @@ from mezo.kernels import cpu as cpu_kernels
 def _quiet() -> None:
     """Our own lines only: no bars of transformers and datasets, warnings as single lines."""
     import datasets
+    import huggingface_hub
 
-    logging.basicConfig(format="mezo: %(message)s", level=logging.WARNING)
+    logger = logging.getLogger("mezo")
+    if not logger.handlers:
+        logger.addHandler(logging.StreamHandler())
+        logger.handlers[0].setFormatter(logging.Formatter("mezo: %(message)s"))
+        logger.propagate = False
+    huggingface_hub.logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity_error()
-    warnings.showwarning = lambda message, *rest: logging.getLogger("mezo").warning("%s", message)
+    warnings.showwarning = lambda message, *rest: logger.warning("%s", message)
 
 
 def train(config: MeZOConfig) -> None:
