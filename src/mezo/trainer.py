@@ -300,7 +300,8 @@ class MeZOTrainer:
         saved = TrainerState.load_from_json(str(path)) if path.exists() else TrainerState()
         for name in ("log_history", "best_metric", "best_global_step", "best_model_checkpoint"):
             setattr(self.state, name, getattr(saved, name))
-        for step, records in enumerate(steps[saved.global_step :], start=saved.global_step + 1):
+        logged = max((int(entry["step"]) for entry in self.state.log_history if "loss" in entry), default=0)
+        for step, records in enumerate(steps[logged:], start=logged + 1):
             self._recent += records
             first = step == 1 and self.config.logging_first_step
             if step < len(steps) and (first or step % self.config.logging_steps == 0):

@@ -1,0 +1,209 @@
+"""Straight run = replayed run = interrupted and resumed run, bit for bit."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mezo import journal
+from mezo.api import build_trainer, replay
+from mezo.config import MeZOConfig
+from mezo.errors import JournalError, UserError
+from tests.conftest import SENTIMENT_ROWS
+
+SPACES = {
+    "full": {},
+    "full-bfloat16": {"dtype": "bfloat16", "learning_rate": 1e-4},
+    "full-normalised": {"normalize_perturbations": True, "learning_rate": 1e-1, "epsilon": 1e-1},
+    "lora": {"use_peft": True, "learning_rate": 1e-2, "weight_decay": 0.1},
+    "prefix": {"use_peft": True, "peft_type": "prefix_tuning", "learning_rate": 1e-2, "epsilon": 1e-1},
+}
+
+
+def make_config(model, output_dir, space, **options):
+    values = {
+        "model_name_or_path": model,
+        "template": "{text} it was [MASK] ." if "bert" in Path(model).name else "{text} it was",
+        "label_words": {"0": "terrible", "1": "great"},
+        "output_dir": str(output_dir),
+        "per_device_train_batch_size": 8,
+        "learning_rate": 5e-4,
+        "max_steps": 23,
+        "save_steps": 5,
+        "eval_steps": 7,
+        "logging_steps": 3,
+        "save_total_limit": None,
+        "disable_tqdm": True,
+    }
+    return MeZOConfig.from_dict({**values, **SPACES[space], **options})
+
+
+def weights(folder):
+    (path,) = Path(folder).glob("*model.safetensors")
+    return load_file(path)
+
+
+def assert_same_weights(first, second):
+    a, b = weights(first), weights(second)
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def train(config):
+    return build_trainer(config, SENTIMENT_ROWS[:100], SENTIMENT_ROWS[100:]).train()
+
+
+class Killed(BaseException):
+    """Stands for the end of the process at one instant."""
+
+
+@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize("model", ["bert", "llama"])
+def test_replay_equals_training(model_folder, tmp_path, model, space):
+    train(make_config(model_folder(model), tmp_path / "run", space))
+    replay(tmp_path / "run" / "journal", tmp_path / "replayed")
+    assert_same_weights(tmp_path / "run", tmp_path / "replayed")
+    replay(tmp_path / "run", tmp_path / "ten", step=20)
+    assert_same_weights(tmp_path / "run" / "checkpoint-20", tmp_path / "ten")
+
+
+@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize("instant", ["before record", "before update", "in checkpoint", "in evaluation"])
+def test_interrupted_and_resumed_equals_straight(model_folder, tmp_path, monkeypatch, space, instant):
+    model = model_folder("bert")
+    straight = train(make_config(model, tmp_path / "straight", space))
+    config = make_config(model, tmp_path / "run", space)
+    trainer = build_trainer(config, SENTIMENT_ROWS[:100], SENTIMENT_ROWS[100:])
+
+    def die(*args):
+        raise Killed
+
+    def die_later(function, count):
+        calls = []
+
+        def wrapped(*args):
+            calls.append(1)
+            return die() if len(calls) > count else function(*args)
+
+        return wrapped
+
+    if instant == "before record":
+        monkeypatch.setattr(journal.Journal, "append", die_later(journal.Journal.append, 12))
+    elif instant == "before update":
+        trainer.engine.update = die_later(trainer.engine.update, 12)
+    elif instant == "in checkpoint":
+        trainer.engine.save = die_later(trainer.engine.save, 2)
+    else:
+        trainer.engine.score = die_later(trainer.engine.score, 1)
+    with pytest.raises(Killed):
+        trainer.train()
+    monkeypatch.undo()
+    resumed = train(dataclasses.replace(config, resume_from_checkpoint=True))
+    assert_same_weights(tmp_path / "straight", tmp_path / "run")
+    assert journal.read(straight.journal_path).steps == journal.read(resumed.journal_path).steps
+    assert resumed.metrics == straight.metrics
+    assert resumed.train_loss == straight.train_loss
+    histories = [json.loads((tmp_path / n / "trainer_state.json").read_text())["log_history"] for n in ("straight", "run")]
+    for history in histories:
+        for entry in history:
+            entry.pop("tokens_per_second", None)
+    assert histories[0] == histories[1]
+
+
+def test_going_on_with_more_steps_equals_one_long_run(model_folder, tmp_path):
+    model = model_folder("llama")
+    train(make_config(model, tmp_path / "long", "lora", max_steps=30))
+    train(make_config(model, tmp_path / "run", "lora", max_steps=13))
+    train(make_config(model, tmp_path / "run", "lora", max_steps=30, resume_from_checkpoint=True))
+    assert_same_weights(tmp_path / "long", tmp_path / "run")
+
+
+def test_a_torn_record_is_dropped_and_said_so(model_folder, tmp_path, caplog):
+    model = model_folder("bert")
+    train(make_config(model, tmp_path / "straight", "full"))
+    train(make_config(model, tmp_path / "run", "full", max_steps=12))
+    path = tmp_path / "run" / "journal"
+    path.write_bytes(path.read_bytes()[:-10])
+    train(make_config(model, tmp_path / "run", "full", resume_from_checkpoint=True))
+    assert "dropped a torn record of 54 bytes" in caplog.text
+    assert_same_weights(tmp_path / "straight", tmp_path / "run")
+
+
+def test_resume_without_any_checkpoint_replays_from_the_base(model_folder, tmp_path):
+    model = model_folder("bert")
+    train(make_config(model, tmp_path / "straight", "full", save_steps=100, eval_steps=None))
+    config = make_config(model, tmp_path / "run", "full", save_steps=100, eval_steps=None)
+    trainer = build_trainer(config, SENTIMENT_ROWS[:100])
+    trainer.engine.save = lambda folder: (_ for _ in ()).throw(Killed)
+    with pytest.raises(Killed):
+        trainer.train()
+    train(dataclasses.replace(config, resume_from_checkpoint=True))
+    assert_same_weights(tmp_path / "straight", tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"learning_rate": 2e-4}, "learning_rate"), ({"epsilon": 1e-2}, "epsilon"), ({"seed": 1}, "seed|digest"),
+     ({"per_device_train_batch_size": 4}, "batch_size")],
+)  # fmt: skip
+def test_resume_refuses_other_settings(model_folder, tmp_path, change, message):
+    model = model_folder("bert")
+    train(make_config(model, tmp_path / "run", "full", max_steps=3))
+    with pytest.raises(JournalError, match=message):
+        train(make_config(model, tmp_path / "run", "full", resume_from_checkpoint=True, **change))
+
+
+def test_resume_refuses_other_data_and_other_models(model_folder, tmp_path):
+    model = model_folder("bert")
+    train(make_config(model, tmp_path / "run", "full", max_steps=3))
+    config = make_config(model, tmp_path / "run", "full", resume_from_checkpoint=True)
+    with pytest.raises(JournalError, match="data_digest"):
+        build_trainer(config, SENTIMENT_ROWS[:99]).train()
+    with pytest.raises(JournalError, match="model"):
+        train(dataclasses.replace(config, model_name_or_path=model_folder("roberta")))
+    with pytest.raises(JournalError, match="model_digest"):
+        replay(tmp_path / "run", tmp_path / "w", model_name_or_path=str(tmp_path / "run"))
+    with pytest.raises(UserError, match="holds a run already"):
+        train(dataclasses.replace(config, resume_from_checkpoint=False))
+
+
+def test_the_best_checkpoint_is_kept_and_can_be_the_result(model_folder, tmp_path):
+    config = make_config(
+        model_folder("bert"), tmp_path / "run", "lora", max_steps=40, save_total_limit=1, eval_steps=5, save_steps=5,
+        load_best_model_at_end=True, learning_rate=3e-2,
+    )  # fmt: skip
+    result = train(config)
+    state = json.loads((tmp_path / "run" / "trainer_state.json").read_text())
+    losses = {e["step"]: e["eval_loss"] for e in state["log_history"] if "eval_loss" in e}
+    best = min(losses, key=losses.get)
+    assert result.best_checkpoint == tmp_path / "run" / f"checkpoint-{best}"
+    assert state["best_global_step"] == best
+    assert result.metrics.loss == losses[best]
+    assert_same_weights(result.best_checkpoint, tmp_path / "run")
+    replay(tmp_path / "run", tmp_path / "replayed")
+    assert_same_weights(tmp_path / "run", tmp_path / "replayed")
+    assert len(list((tmp_path / "run").glob("checkpoint-*"))) <= 2
+
+
+@pytest.mark.parametrize("space", ["full", "lora"])
+def test_twenty_kills_at_random_instants_change_nothing(model_folder, tmp_path, jsonl, space):
+    model, data = model_folder("bert"), jsonl(SENTIMENT_ROWS)
+    options = {"dataset_name": data, "validation_size": 0.2, "max_steps": 1500, "save_steps": 40, "eval_steps": 60}
+    straight = make_config(model, tmp_path / "straight", space, **options)
+    killed = make_config(model, tmp_path / "run", space, **options, resume_from_checkpoint=True)
+    (tmp_path / "config.json").write_text(json.dumps(killed.to_dict()))
+    script = Path(__file__).with_name("kill_loop.py")
+    command = [sys.executable, str(script), str(tmp_path / "config.json"), "20", "7"]
+    process = subprocess.run(command, capture_output=True, text=True, check=False, timeout=500)
+    assert process.returncode == 0, process.stderr
+    kills = int(process.stdout.split()[-1])
+    assert kills >= 20
+    build_trainer(straight).train()
+    assert_same_weights(tmp_path / "straight", tmp_path / "run")
+    assert journal.read(tmp_path / "straight" / "journal").steps == journal.read(tmp_path / "run" / "journal").steps
