@@ -48,7 +48,7 @@ def test_mean_of_many_estimates_points_along_the_gradient(model_folder, name):
         losses = [batch_loss(examples, losses_N) for losses_N in engine.losses(examples, probes)]
         (outcome,) = estimator.outcomes(probes, losses)
         for n, total in mean.items():
-            total += outcome.coefficient * direction(outcome.seed, n, 0, len(total), total.device)
+            total.add_(outcome.coefficient * direction(outcome.seed, n, 0, len(total), total.device))
     estimate = torch.cat(list(mean.values())) / count
     cosine = torch.nn.functional.cosine_similarity(estimate, gradient.double(), dim=0)
     assert cosine > 0.95

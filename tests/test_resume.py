@@ -109,7 +109,9 @@ def test_interrupted_and_resumed_equals_straight(model_folder, tmp_path, monkeyp
     assert journal.read(straight.journal_path).steps == journal.read(resumed.journal_path).steps
     assert resumed.metrics == straight.metrics
     assert resumed.train_loss == straight.train_loss
-    histories = [json.loads((tmp_path / n / "trainer_state.json").read_text())["log_history"] for n in ("straight", "run")]
+    histories = [
+        json.loads((tmp_path / n / "trainer_state.json").read_text())["log_history"] for n in ("straight", "run")
+    ]
     for history in histories:
         for entry in history:
             entry.pop("tokens_per_second", None)

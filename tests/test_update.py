@@ -75,7 +75,9 @@ def test_update_does_not_depend_on_chunks_or_threads(dtype, chunk, monkeypatch):
 def test_a_thousand_updates_of_a_twentieth_ulp_add_up(dtype):
     """Each update is 1/20 of the rounding step; nearest rounding would lose every one of them."""
     weight = torch.full((4000,), 1.25, dtype=dtype)
-    ulp = float(torch.nextafter(torch.tensor(1.25, dtype=torch.bfloat16), torch.tensor(2.0, dtype=torch.bfloat16)) - 1.25)
+    ulp = float(
+        torch.nextafter(torch.tensor(1.25, dtype=torch.bfloat16), torch.tensor(2.0, dtype=torch.bfloat16)) - 1.25
+    )
     ulp = ulp if dtype == torch.bfloat16 else 2.0**-10
     seeds = [philox.derive_seed(1, step) for step in range(1000)]
     for step, seed in enumerate(seeds):
@@ -126,7 +128,12 @@ def test_rounding_gives_a_neighbour_and_keeps_exact_values(value, seed, dtype):
     grid = np.float16 if dtype == torch.float16 else None
     if grid is not None:
         # Overflow to infinity is a neighbour only above the largest float16.
-        down, up = sorted((float(nearest), float(np.nextafter(grid(nearest.item()), grid(math.copysign(np.inf, value - float(nearest)))))))
+        down, up = sorted(
+            (
+                float(nearest),
+                float(np.nextafter(grid(nearest.item()), grid(math.copysign(np.inf, value - float(nearest))))),
+            )
+        )
     else:
         toward = torch.tensor([math.copysign(math.inf, value - float(nearest))], dtype=dtype)
         down, up = sorted((float(nearest), float(torch.nextafter(nearest, toward))))

@@ -52,7 +52,7 @@ def _lora_config(model: PreTrainedModel, config: MeZOConfig, kind: str) -> PeftC
     return LoraConfig(
         task_type=_TASK_TYPES[kind],
         r=config.lora_r,
-        lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # PEFT declares int and computes with any number
+        lora_alpha=config.lora_alpha,
         target_modules=target_modules(model, config.lora_target_modules),
     )
 
@@ -63,12 +63,16 @@ def target_modules(model: PreTrainedModel, wanted: list[str] | None) -> list[str
     if wanted is not None:
         missing = [name for name in wanted if name.rsplit(".", 1)[-1] not in present]
         if missing:
-            raise UserError(f"lora_target_modules: the model has no module {missing[0]!r}; it has {sorted(present - {''})}")
+            raise UserError(
+                f"lora_target_modules: the model has no module {missing[0]!r}; it has {sorted(present - {''})}"
+            )
         return wanted
     for names in _QUERY_VALUE_NAMES:
         if present.issuperset(names):
             return list(names)
-    raise UserError(f"lora_target_modules: name them for {model.config.model_type!r} models; there are {sorted(present)}")
+    raise UserError(
+        f"lora_target_modules: name them for {model.config.model_type!r} models; there are {sorted(present)}"
+    )
 
 
 def _initialise_lora(model: PeftModel, seed: int) -> None:
@@ -92,7 +96,9 @@ def _real_activations(model: PreTrainedModel, config: MeZOConfig) -> Tensor:
     The paper's "prefix_init_by_real_act" (section E.5); PEFT's layout: token, layer, (key, value), head, dimension.
     """
     count = config.num_virtual_tokens
-    u_T = philox.uniforms(config.seed, philox.stream_id("initialisation", "prefix tokens"), 0, count, torch.device("cpu"))
+    u_T = philox.uniforms(
+        config.seed, philox.stream_id("initialisation", "prefix tokens"), 0, count, torch.device("cpu")
+    )
     ids_1T = (u_T * model.config.vocab_size).long()[None].to(model.device)
     cache = DynamicCache()
     try:

@@ -155,9 +155,7 @@ def make_engine(
     )
 
 
-def _trainable_model(
-    config: MeZOConfig, kind: str, labels: Sequence[str]
-) -> tuple[PreTrainedModel | PeftModel, str]:
+def _trainable_model(config: MeZOConfig, kind: str, labels: Sequence[str]) -> tuple[PreTrainedModel | PeftModel, str]:
     """The model at its initial values, adapter included, and the base's digest."""
     model = load_model(config, kind, labels)
     model_digest = tensors_digest(model.state_dict())

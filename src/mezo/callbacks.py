@@ -6,7 +6,15 @@ import time
 from collections.abc import Sequence
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
@@ -45,7 +53,7 @@ def training_arguments(config: MeZOConfig) -> TrainingArguments:
 def callback_handler(
     config: MeZOConfig, args: TrainingArguments, callbacks: Sequence[TrainerCallback], model: object, tokenizer: object
 ) -> CallbackHandler:
-    """transformers' handler with its flow of logging, evaluation and saving, trackers, the progress bar and the user's."""
+    """transformers' handler: its flow of logging, evaluation and saving, trackers, the progress bar, the user's own."""
     trackers = [tracker() for tracker in get_reporting_integration_callbacks(args.report_to)]
     progress = [] if config.disable_tqdm else [ProgressCallback()]
     return CallbackHandler([DefaultFlowCallback(), *trackers, *progress, *callbacks], model, tokenizer, None, None)
@@ -101,8 +109,8 @@ class ProgressCallback(TrainerCallback):
             figures = f"loss {logs['loss']:.4f}  projected_grad {logs['projected_grad']:+.3g}  {rate:,.0f} tokens/s"
             self._progress.update(self._task, figures=figures)
         if "eval_loss" in logs:
-            line = f"step {state.global_step}: eval_loss {logs['eval_loss']:.4f}  eval_accuracy {logs['eval_accuracy']:.4f}"
-            self._progress.console.print(line)
+            figures = f"eval_loss {logs['eval_loss']:.4f}  eval_accuracy {logs['eval_accuracy']:.4f}"
+            self._progress.console.print(f"step {state.global_step}: {figures}", highlight=False)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object

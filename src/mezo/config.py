@@ -168,7 +168,9 @@ def looks_like_wrong_rate(config: MeZOConfig) -> str | None:
         )
     adapter = config.use_peft
     if not config.normalize_perturbations and rate >= (1e-1 if adapter else 1e-3):
-        return f"learning_rate {rate:g} is far above the paper's for unnormalised directions (1e-6; adapters 1e-4 to 1e-2)"
+        return (
+            f"learning_rate {rate:g} is far above the paper's for unnormalised directions (1e-6; adapters 1e-4 to 1e-2)"
+        )
     return None
 
 

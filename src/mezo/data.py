@@ -6,7 +6,7 @@ import gzip
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset
@@ -16,7 +16,7 @@ from mezo.config import MeZOConfig
 from mezo.errors import UserError
 
 Row = dict[str, object]
-TrainData = str | Path | Sequence[Row] | Dataset
+TrainData: TypeAlias = "str | Path | Sequence[Row] | Dataset"
 
 _BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 
@@ -140,7 +140,9 @@ def _check_json_lines(path: Path) -> None:
 def _hold_out(rows: Dataset, size: float, seed: int) -> Splits:
     count = round(size * len(rows)) if size < 1 else int(size)
     if not 0 < count < len(rows):
-        raise UserError(f"validation_size {size} of {len(rows)} rows leaves {len(rows) - count} to train on, {count} to hold out")
+        raise UserError(
+            f"validation_size {size} of {len(rows)} rows leaves {len(rows) - count} to train on, {count} to hold out"
+        )
     order = permutation(len(rows), seed)
     return Splits(rows.select(order[count:]), rows.select(order[:count]))
 

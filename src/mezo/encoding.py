@@ -77,7 +77,9 @@ class _Tokens:
         room = self.max_length - len(self.prefix)
         if len(ids) > room:
             if len(ids) - start >= room:
-                raise UserError(f"the answer alone has {len(ids) - start} tokens, more than max_length {self.max_length}")
+                raise UserError(
+                    f"the answer alone has {len(ids) - start} tokens, more than max_length {self.max_length}"
+                )
             self.num_truncated += 1
             start -= len(ids) - room
             ids = ids[-room:]
@@ -90,7 +92,7 @@ class _Tokens:
         return TokenSequence((*self.prefix, *ids), targets)
 
     def encoder_text(self, text: str, keep: int | None = None) -> tuple[int, ...]:
-        """Special tokens around a text. Too long: cut at the end, or at the start if that would lose token id `keep`."""
+        """Special tokens around a text. Too long: cut at the end, or at the start to save token `keep`."""
         ids = self.ids(text)
         room = self.max_length - len(self.prefix) - len(self.suffix)
         if len(ids) > room:
@@ -199,7 +201,9 @@ def _classification(
     found = {label_key(row[config.label_column]) for row in rows}
     names = tuple(labels) if labels is not None else tuple(sorted(found, key=_label_order))
     if len(names) < 2:
-        raise UserError(f"column {config.label_column!r} holds a single label, {names[0]!r}: there is nothing to classify")
+        raise UserError(
+            f"column {config.label_column!r} holds a single label, {names[0]!r}: there is nothing to classify"
+        )
 
     def encode(row: Row) -> Example:
         ids = tokens.encoder_text(_fill(template, row))
@@ -325,7 +329,9 @@ def _fill(template: str, row: Row) -> str:
 
 def _template(config: MeZOConfig, columns: set[str]) -> str:
     if config.template is None:
-        raise UserError("label_words need a template, '{text} It was [MASK].' for an encoder or '{text}\\nSentiment:' for a decoder")
+        raise UserError(
+            "label_words need a template, '{text} It was [MASK].' for an encoder or '{text}\\nSentiment:' for a decoder"
+        )
     if not _fields(config.template):
         raise UserError(f"template {config.template!r} names no column in braces; columns are {_listed(columns)}")
     _require_columns(columns, set(_fields(config.template)))

@@ -1,4 +1,4 @@
-"""Errors that a user can mend. The command line prints them as one line; everything else is a bug and shows its traceback."""
+"""Errors that a user can mend; the command line prints them as one line. All others are bugs and show a traceback."""
 
 
 class UserError(ValueError):

@@ -52,7 +52,7 @@ def make_header(
     }
 
 
-def check_header(recorded: journal.JsonObject, present: journal.JsonObject, path: Path) -> None:
+def check_header(recorded: JsonObject, present: JsonObject, path: Path) -> None:
     """A journal continues only on the model, data order and settings that it was started with."""
     for key in ("rng", "model_digest", "initial_digest", "data_digest"):
         if recorded[key] != present[key]:
@@ -69,8 +69,32 @@ _MAY_CHANGE = frozenset(
     f.name
     for f in dataclasses.fields(MeZOConfig)
     if f.name
-    in "model_name_or_path model_revision trust_remote_code attn_implementation engine use_cpu dataset_name dataset_config "
-    "eval_dataset_name dataset_test_split max_eval_samples output_dir max_steps per_device_eval_batch_size logging_steps "
-    "logging_first_step eval_steps eval_on_start save_steps save_total_limit load_best_model_at_end "
-    "metric_for_best_model resume_from_checkpoint report_to run_name disable_tqdm".split()
+    in [
+        "model_name_or_path",
+        "model_revision",
+        "trust_remote_code",
+        "attn_implementation",
+        "engine",
+        "use_cpu",
+        "dataset_name",
+        "dataset_config",
+        "eval_dataset_name",
+        "dataset_test_split",
+        "max_eval_samples",
+        "output_dir",
+        "max_steps",
+        "per_device_eval_batch_size",
+        "logging_steps",
+        "logging_first_step",
+        "eval_steps",
+        "eval_on_start",
+        "save_steps",
+        "save_total_limit",
+        "load_best_model_at_end",
+        "metric_for_best_model",
+        "resume_from_checkpoint",
+        "report_to",
+        "run_name",
+        "disable_tqdm",
+    ]
 )

@@ -36,7 +36,9 @@ def model_card(config: MeZOConfig, header: JsonObject, state: TrainerState, metr
         "versions": ", ".join(f"{k} {v}" for k, v in header["versions"].items()),  # type: ignore[attr-defined]
     }
     if metrics is not None:
-        facts["evaluation"] = f"accuracy {metrics.accuracy:.4f}, loss {metrics.loss:.4f}, {metrics.num_examples} examples"
+        facts["evaluation"] = (
+            f"accuracy {metrics.accuracy:.4f}, loss {metrics.loss:.4f}, {metrics.num_examples} examples"
+        )
     rows = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
     return (
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n"

@@ -69,8 +69,12 @@ def option_scores(examples: Sequence[Example], logprobs_T: Tensor) -> Tensor:
     assert len(index) == len(logprobs_T)
     example_T, option_T = torch.tensor(index).T.to(logprobs_T.device)
     shape = (len(examples), int(option_T.max()) + 1)
-    sums_NO = torch.zeros(shape, device=logprobs_T.device).index_put_((example_T, option_T), logprobs_T, accumulate=True)
-    counts_NO = torch.zeros_like(sums_NO).index_put_((example_T, option_T), torch.ones_like(logprobs_T), accumulate=True)
+    sums_NO = torch.zeros(shape, device=logprobs_T.device).index_put_(
+        (example_T, option_T), logprobs_T, accumulate=True
+    )
+    counts_NO = torch.zeros_like(sums_NO).index_put_(
+        (example_T, option_T), torch.ones_like(logprobs_T), accumulate=True
+    )
     return torch.where(counts_NO > 0, sums_NO / counts_NO, -torch.inf)
 
 

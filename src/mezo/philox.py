@@ -33,14 +33,14 @@ _CHUNK_BLOCKS = 1 << 15
 
 
 def stream_id(stream: str, name: str) -> int:
-    """64-bit identifier of one stream of random numbers: a purpose ("direction", "rounding", …) and a parameter name."""
+    """64-bit identifier of one stream: a purpose ("direction", "rounding", …) and a parameter name."""
     return int.from_bytes(hashlib.blake2b(f"{stream}\0{name}".encode(), digest_size=8).digest(), "little")
 
 
 def derive_seed(seed: int, step: int, query: int = 0) -> int:
     """Seed (64 bits) of a step's `query`-th direction, a pure function of the run's seed."""
-    low, high, _, _ = philox_words(seed, stream_id("seed", str(query)), torch.tensor([step]))[0].tolist()
-    return high << 32 | low
+    words: list[int] = philox_words(seed, stream_id("seed", str(query)), torch.tensor([step]))[0].tolist()
+    return words[1] << 32 | words[0]
 
 
 def philox_words(seed: int, stream: int, blocks_N: Tensor) -> Tensor:
@@ -120,7 +120,9 @@ def reference_normals(seed: int, stream: int, starts_R: Tensor, width: int) -> T
             lane_R = (starts % 4).tolist()
             for i, lane in enumerate(lane_R) if len(set(lane_R)) > 1 else [(slice(None), lane_R[0])]:
                 first, last = max(0, 4 * block - lane), min(width, 4 * (block + len(blocks)) - lane)
-                out_RW[row : row + rows_per_chunk][i, first:last] = z[i, first + lane - 4 * block : last + lane - 4 * block]
+                out_RW[row : row + rows_per_chunk][i, first:last] = z[
+                    i, first + lane - 4 * block : last + lane - 4 * block
+                ]
     return out_RW
 
 

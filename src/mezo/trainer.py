@@ -91,7 +91,7 @@ class MeZOTrainer:
             train_batch_size=config.per_device_train_batch_size,
         )
         self.control = TrainerControl()
-        self.callbacks = callback_handler(config, self.args, callbacks, None, None)
+        self.callbacks = callback_handler(config, self.args, callbacks, engine.model, engine.tokenizer)
         self.sampler = BatchSampler(
             len(train_examples), config.batch_size, config.seed if config.data_seed is None else config.data_seed
         )
@@ -321,8 +321,9 @@ class MeZOTrainer:
         rows = [i for i, good in zip(self.sampler(step), finite, strict=True) if not good]
         listed = ", ".join(map(str, rows[:8])) + (" …" if len(rows) > 8 else "")
         return (
-            f"the loss of step {step} is not finite for training rows {listed or '(their mean overflows)'}; the weights are "
-            f"those after {step} steps, saved in checkpoint-{step}. Lower learning_rate or epsilon, or look at these rows."
+            f"the loss of step {step} is not finite for training rows {listed or '(their mean overflows)'}; the "
+            f"weights are those after {step} steps, saved in checkpoint-{step}. Lower learning_rate or epsilon, or "
+            "look at these rows."
         )
 
 

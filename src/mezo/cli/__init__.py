@@ -39,7 +39,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     except OSError as error:
         _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
     except KeyboardInterrupt:
-        _fail("interrupted; every finished step is in the journal, --resume_from_checkpoint goes on from there", code=130)
+        _fail(
+            "interrupted; every finished step is in the journal, --resume_from_checkpoint goes on from there", code=130
+        )
 
 
 def _train(argv: list[str]) -> None:
@@ -86,7 +88,10 @@ def _env(argv: list[str]) -> None:
 
 
 COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
-    "train": (_train, "fine-tune a model; flags are the fields of MeZOConfig, --config FILE.yaml and --preset under them"),
+    "train": (
+        _train,
+        "fine-tune a model; flags are the fields of MeZOConfig, --config FILE.yaml and --preset under them",
+    ),
     "eval": (_eval, "accuracy and loss of a model, or of a model with an adapter"),
     "replay": (_replay, "rebuild the trained weights from the base model and the journal alone"),
     "merge": (_merge, "add a LoRA adapter to its base model and save a transformers model"),
@@ -145,9 +150,10 @@ def _parse(
         name = argument[2:].partition("=")[0].replace("-", "_")
         if argument.startswith("--") and name.removeprefix("no_") not in (*names, "help"):
             raise UserError(unknown_key_message(name, [*names, *extra]).replace("'", ""))
-    return tyro.cli(
+    parsed: _Options = tyro.cli(
         options, args=argv, prog=prog, default=default, config=(tyro.conf.OmitArgPrefixes,), use_underscores=True
-    )
+    )  # type: ignore[assignment]  # tyro's overload for a default that may be None
+    return parsed
 
 
 def _take(argv: list[str], option: str) -> tuple[list[str], str | None]:

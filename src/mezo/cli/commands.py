@@ -67,24 +67,20 @@ def evaluate(options: EvalOptions) -> None:
 def replay(options: ReplayOptions) -> None:
     """`mezo replay`."""
     _quiet()
-    path = api.replay(
-        options.run, options.output_dir, model_name_or_path=options.model_name_or_path, step=options.step
-    )
+    path = api.replay(options.run, options.output_dir, model_name_or_path=options.model_name_or_path, step=options.step)
     print(f"rebuilt: {path}")
 
 
 def merge(options: MergeOptions) -> None:
     """`mezo merge`."""
     _quiet()
-    path = api.merge(
-        options.adapter_name_or_path, options.output_dir, model_name_or_path=options.model_name_or_path
-    )
+    path = api.merge(options.adapter_name_or_path, options.output_dir, model_name_or_path=options.model_name_or_path)
     print(f"merged: {path}")
 
 
 def env() -> None:
     """`mezo env`."""
-    packages = "mezo torch transformers peft datasets safetensors numba numpy".split()
+    packages = ["mezo", "torch", "transformers", "peft", "datasets", "safetensors", "numba", "numpy"]
     facts = {name: _version(name) for name in packages}
     facts["python"] = platform.python_version()
     facts["platform"] = platform.platform()
@@ -106,5 +102,3 @@ def _print_metrics(metrics: Metrics) -> None:
     table = Table("accuracy", "loss", "examples")
     table.add_row(f"{metrics.accuracy:.4f}", f"{metrics.loss:.4f}", str(metrics.num_examples))
     Console().print(table)
-
-

@@ -6,14 +6,29 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
+import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from mezo.estimator import Probe, Record
 from mezo.objective import Example, TargetScores
 
 
 class Engine(Protocol):
-    """A model with a parameter space in it. `losses` never changes the weights; `update` is their only mover."""
+    """A model with a parameter space in it. `losses` never changes the weights; `update` is their only mover.
+
+    `model` and `tokenizer` are what callbacks get to see; `model` is None where it lives in another process.
+    """
+
+    @property
+    def model(self) -> torch.nn.Module | None:
+        """The live model, if it is in this process."""
+        ...
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer."""
+        ...
 
     def losses(self, examples: Sequence[Example], probes: Sequence[Probe]) -> Tensor:
         """Loss of each example under each probe: float32 [P, N] on the CPU."""

@@ -30,6 +30,7 @@ def normals(seed: int, stream: int, starts_R: Tensor, width: int) -> Tensor:
 
 @functools.cache
 def _compiled() -> Callable[..., None]:
-    from mezo.kernels._cpu_numba import fill_normals
+    from mezo.kernels import _cpu_numba
 
-    return fill_normals
+    kernel: Callable[..., None] = _cpu_numba.fill_normals
+    return kernel

@@ -81,14 +81,24 @@ class TorchEngine:
         train_batch_size: int = 64,
         eval_batch_size: int = 64,
     ):
-        self.model = model
-        self.tokenizer = tokenizer
+        self._model = model
+        self._tokenizer = tokenizer
         self.space = ParameterSpace(trained_parameters(model), normalize_perturbations)
         self.weight_decay = weight_decay
         self.train_batch_size = train_batch_size
         self.eval_batch_size = eval_batch_size
         self._transformer: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model
         self._checked_reads = False
+
+    @property
+    def model(self) -> PreTrainedModel | PeftModel:
+        """The transformers model, inside its PEFT wrapper if there is one."""
+        return self._model
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer."""
+        return self._tokenizer
 
     @torch.no_grad()
     def losses(self, examples: Sequence[Example], probes: Sequence[Probe]) -> Tensor:

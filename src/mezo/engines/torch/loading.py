@@ -51,11 +51,11 @@ def load_model_config(config: MeZOConfig) -> PretrainedConfig:
 def is_encoder(model_config: PretrainedConfig) -> bool:
     """True for BERT-like encoders, False for decoder language models; other architectures are refused."""
     model_type = model_config.model_type
-    if model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(model_config, "is_decoder", False):
-        if not getattr(model_config, "is_encoder_decoder", False):
+    if not getattr(model_config, "is_encoder_decoder", False):
+        if model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(model_config, "is_decoder", False):
             return True
-    if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not getattr(model_config, "is_encoder_decoder", False):
-        return False
+        if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+            return False
     raise UserError(
         f"model architecture {model_type!r} is neither a decoder language model nor a masked-language-model encoder"
     )
@@ -101,8 +101,8 @@ def load_model(config: MeZOConfig, kind: str, labels: Sequence[str] = ()) -> Pre
     fresh = {*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])}
     if fresh and kind != "sequence_classification":
         raise UserError(
-            f"{config.model_name_or_path!r} holds no weights for {sorted(fresh)[0]} (and {len(fresh) - 1} more): it has no "
-            "language-model head. On an encoder, leave template and label_words out to train a classification head."
+            f"{config.model_name_or_path!r} holds no weights for {sorted(fresh)[0]} and {len(fresh) - 1} more: it "
+            "has no language-model head. On an encoder, leave label_words out to train a classification head."
         )
     _initialise(model, fresh, config.seed)
     return model.eval().requires_grad_(False).to(device)

@@ -25,14 +25,51 @@ from mezo.estimator import Probe
 _LINEAR_BLOCK = 1 << 21
 
 _METADATA = frozenset(
-    "shape dtype device layout ndim requires_grad grad grad_fn is_leaf is_cuda is_cpu is_meta is_sparse is_quantized "
-    "is_mps is_xpu is_nested is_sparse_csr is_mkldnn names nbytes itemsize _version _backward_hooks retains_grad "
-    "output_nr".split()
+    [
+        "shape",
+        "dtype",
+        "device",
+        "layout",
+        "ndim",
+        "requires_grad",
+        "grad",
+        "grad_fn",
+        "is_leaf",
+        "is_cuda",
+        "is_cpu",
+        "is_meta",
+        "is_sparse",
+        "is_quantized",
+        "is_mps",
+        "is_xpu",
+        "is_nested",
+        "is_sparse_csr",
+        "is_mkldnn",
+        "names",
+        "nbytes",
+        "itemsize",
+        "_version",
+        "_backward_hooks",
+        "retains_grad",
+        "output_nr",
+    ]
 )
 _METADATA_FUNCTIONS = frozenset(
     getattr(Tensor, name)
-    for name in "size dim stride numel nelement element_size storage_offset is_contiguous is_floating_point "
-    "is_complex get_device __len__".split()
+    for name in [
+        "size",
+        "dim",
+        "stride",
+        "numel",
+        "nelement",
+        "element_size",
+        "storage_offset",
+        "is_contiguous",
+        "is_floating_point",
+        "is_complex",
+        "get_device",
+        "__len__",
+    ]
 )
 
 
@@ -59,14 +96,12 @@ class PerturbedForward(TorchFunctionMode):
         kwargs = kwargs or {}
         if not self._reads_values(func):
             return func(*args, **kwargs)
-        if func is F.embedding and self._is_trained(_weight := _argument(args, kwargs, 1, "weight")):
-            if _argument(args, kwargs, 3, "max_norm") is None:
-                return self._embedding(_argument(args, kwargs, 0, "input"), _weight)
-        if func is F.linear and self._is_trained(_weight := _argument(args, kwargs, 1, "weight")):
-            if _weight.ndim == 2 and _weight.numel() > _LINEAR_BLOCK:
-                return self._linear(
-                    _argument(args, kwargs, 0, "input"), _weight, _argument(args, kwargs, 2, "bias")
-                )
+        if func in (F.embedding, F.linear) and self._is_trained(weight := _argument(args, kwargs, 1, "weight")):
+            x = _argument(args, kwargs, 0, "input")
+            if func is F.embedding and _argument(args, kwargs, 3, "max_norm") is None:
+                return self._embedding(x, weight)
+            if func is F.linear and weight.numel() > _LINEAR_BLOCK:
+                return self._linear(x, weight, _argument(args, kwargs, 2, "bias"))
         return func(*map(self._substitute, args), **{k: self._substitute(v) for k, v in kwargs.items()})
 
     def _reads_values(self, func: Callable[..., Any]) -> bool:

@@ -1,4 +1,4 @@
-"""Stochastic rounding: float32 to bfloat16 or float16, right on average, by bits that are a pure function of the step."""
+"""Stochastic rounding of float32 to bfloat16 or float16: right on average, by bits that are a pure function."""
 
 from __future__ import annotations
 

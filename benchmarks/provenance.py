@@ -1,0 +1,33 @@
+"""Where a row of benchmark results comes from."""
+
+import datetime
+import functools
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+import transformers
+
+
+@functools.cache
+def provenance() -> dict[str, str]:
+    """Machine, versions, commit and date of a measurement."""
+    root = Path(__file__).parent
+    commit = subprocess.run(["git", "-C", root, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{_cpu()}, {torch.get_num_threads()} threads"
+    return {
+        "device": device,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "commit": commit.stdout.strip(),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def _cpu() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()

@@ -1,0 +1,101 @@
+"""transformers' callbacks see the events, state and logs that its own Trainer would give them."""
+
+import io
+import math
+
+import pytest
+import torch
+from rich.console import Console
+from transformers import EarlyStoppingCallback, TrainerCallback
+
+from mezo.api import build_trainer
+from mezo.callbacks import ProgressCallback
+from mezo.config import MeZOConfig
+from tests.conftest import SENTIMENT_ROWS
+
+
+@pytest.fixture
+def config(model_folder, tmp_path):
+    return MeZOConfig(
+        model_name_or_path=model_folder("bert"),
+        output_dir=str(tmp_path / "run"),
+        learning_rate=1e-4,
+        per_device_train_batch_size=8,
+        max_steps=10,
+        logging_steps=4,
+        eval_steps=5,
+        save_steps=5,
+        disable_tqdm=True,
+        load_best_model_at_end=True,
+    )
+
+
+class Recorder(TrainerCallback):
+    def __init__(self):
+        self.events = []
+        self.logs = []
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        assert isinstance(kwargs["model"], torch.nn.Module)
+        assert kwargs["processing_class"].mask_token == "[MASK]"
+        self.events.append("begin")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.events.append(state.global_step)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.logs.append((state.global_step, logs))
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        self.events.append(("evaluate", state.global_step, sorted(metrics)))
+
+    def on_save(self, args, state, control, **kwargs):
+        self.events.append(("save", state.global_step))
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.events.append("end")
+
+
+def test_events_arrive_in_order(config):
+    recorder = Recorder()
+    build_trainer(config, SENTIMENT_ROWS[:64], SENTIMENT_ROWS[64:], [recorder]).train()
+    evaluation = ["eval_accuracy", "eval_loss"]
+    steps = [event for event in recorder.events if isinstance(event, int)]
+    assert steps == list(range(1, 11))
+    assert recorder.events[0] == "begin"
+    assert recorder.events[-1] == "end"
+    assert ("evaluate", 5, evaluation) in recorder.events
+    assert ("save", 10) in recorder.events
+    assert recorder.events.index(("evaluate", 10, evaluation)) < recorder.events.index(("save", 10))
+    train_logs = [(step, logs) for step, logs in recorder.logs if "loss" in logs]
+    assert [step for step, _ in train_logs] == [1, 4, 8]
+    wanted = {"loss", "projected_grad", "loss_plus", "loss_minus", "learning_rate", "tokens_per_second"}
+    assert all(logs.keys() == wanted and all(map(math.isfinite, logs.values())) for _, logs in train_logs)
+
+
+def test_a_callback_can_stop_the_run_and_it_can_go_on(config):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 3
+
+    assert build_trainer(config, SENTIMENT_ROWS[:64], SENTIMENT_ROWS[64:], [Stop()]).train().global_step == 3
+
+
+def test_early_stopping_of_transformers_works(config):
+    # Nothing can improve when the updates are this small, so the second evaluation ends the run.
+    config = MeZOConfig.from_dict({**config.to_dict(), "max_steps": 100, "learning_rate": 1e-30, "eval_steps": 3})
+    stopping = EarlyStoppingCallback(early_stopping_patience=2)
+    result = build_trainer(config, SENTIMENT_ROWS[:64], SENTIMENT_ROWS[64:], [stopping]).train()
+    assert result.global_step == 9
+
+
+def test_the_progress_bar_shows_figures_and_survives_without_a_terminal(config):
+    progress = ProgressCallback()
+    text = io.StringIO()
+    console = Console(file=text, force_terminal=True, width=140)
+    progress._progress.live.console = console
+    progress._progress.disable = False
+    build_trainer(config, SENTIMENT_ROWS[:64], SENTIMENT_ROWS[64:], [progress]).train()
+    shown = text.getvalue()
+    for part in ("10/10", "loss 0.", "projected_grad", "tokens/s", "step 5: eval_loss"):
+        assert part in shown

@@ -1,0 +1,90 @@
+"""Defaults, presets and warnings of the configuration."""
+
+import dataclasses
+import inspect
+
+import pytest
+
+import mezo
+from mezo import PRESETS, MeZOConfig, UserError, mezo_finetune, preset
+from mezo.api import build_trainer
+from mezo.config import looks_like_wrong_rate
+from tests.conftest import SENTIMENT_ROWS
+
+
+def test_signature_and_defaults_are_the_promised_ones():
+    parameters = inspect.signature(mezo_finetune).parameters
+    wanted = {"learning_rate": 1e-6, "batch_size": 64, "num_steps": 10_000, "epsilon": 1e-3,
+              "normalize_perturbations": False, "lora_rank": None, "weight_decay": 0.0, "engine": "torch"}  # fmt: skip
+    assert {name: parameters[name].default for name in wanted} == wanted
+    assert list(parameters)[:2] == ["model_path", "train_dataset"]
+    config = MeZOConfig(model_name_or_path="m")
+    assert (config.learning_rate, config.batch_size, config.max_steps, config.epsilon) == (1e-6, 64, 10_000, 1e-3)
+    assert (config.lora_r, config.lora_alpha, config.num_virtual_tokens) == (8, 16.0, 5)
+
+
+# MeZO's tables 15 and 16: learning rates, epsilon, batch size, steps, weight decay.
+PAPER = {
+    "roberta-full": ({1e-7, 1e-6, 1e-5}, 1e-3, 64, 100_000, 0.0),
+    "roberta-lora": ({1e-5, 5e-5, 1e-4}, 1e-3, 64, 100_000, 0.1),
+    "roberta-prefix": ({1e-2, 5e-3, 1e-3}, 1e-1, 64, 100_000, 0.0),
+    "opt-full": ({1e-6, 1e-7}, 1e-3, 16, 20_000, 0.0),
+    "opt-lora": ({1e-4, 5e-5}, 1e-2, 16, 20_000, 0.0),
+    "opt-prefix": ({1e-2, 1e-3}, 1e-1, 16, 20_000, 0.0),
+}
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_presets_are_the_papers(name):
+    rates, epsilon, batch_size, steps, decay = PAPER[name]
+    entry = preset(name)
+    config = entry.config(model_name_or_path="m")
+    assert set(entry.learning_rates) == rates
+    assert config.learning_rate in rates
+    assert (config.epsilon, config.batch_size, config.max_steps, config.weight_decay) == (
+        epsilon,
+        batch_size,
+        steps,
+        decay,
+    )
+    assert config.use_peft == (not name.endswith("full"))
+    assert entry.config(model_name_or_path="m", learning_rate=3e-4).learning_rate == 3e-4
+
+
+def test_presets_cover_the_table_and_unknown_ones_are_named():
+    assert PRESETS.keys() == PAPER.keys()
+    with pytest.raises(UserError, match="roberta-full"):
+        preset("roberta")
+
+
+def test_config_survives_json_and_is_frozen():
+    config = MeZOConfig(model_name_or_path="m", label_words={"0": "bad"}, lora_target_modules=["q"])
+    assert MeZOConfig.from_dict(config.to_dict()) == config
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.seed = 1
+
+
+@pytest.mark.parametrize(
+    ("options", "warned"),
+    [
+        ({"learning_rate": 1e-6}, False),
+        ({"learning_rate": 1e-6, "normalize_perturbations": True}, True),
+        ({"learning_rate": 1e-3, "normalize_perturbations": True}, False),
+        ({"learning_rate": 1e-3}, True),
+        ({"learning_rate": 1e-2, "use_peft": True}, False),
+        ({"learning_rate": 1.0, "use_peft": True}, True),
+    ],
+)
+def test_rates_that_belong_to_the_other_normalisation_are_warned_about(options, warned, model_folder, tmp_path):
+    config = MeZOConfig(model_name_or_path=model_folder("bert"), output_dir=str(tmp_path), max_steps=1, **options)
+    assert (looks_like_wrong_rate(config) is not None) == warned
+    if warned:
+        with pytest.warns(UserWarning, match="learning_rate"):
+            build_trainer(config, SENTIMENT_ROWS)
+
+
+def test_every_public_name_can_be_imported():
+    for name in mezo.__all__:
+        assert getattr(mezo, name) is not None
+    with pytest.raises(AttributeError, match="mezo_finetun"):
+        mezo.mezo_finetun  # noqa: B018
