@@ -30,6 +30,7 @@ from tests.test_cli import (
     assert_same_weights,
     error_line,
     mezo,
+    one_thread,  # noqa: F401  # acts on every test here
     run_cli,
     train_arguments,
 )
@@ -132,7 +133,7 @@ def test_other_damaged_files(fails, tmp_path, name, data):
 def test_a_real_process_prints_nothing_but_the_line(model_folder, tmp_path):
     """A file that `datasets` logs about; its logger holds a standard error from before any capture in this process."""
     path = tmp_path / "data.json"
-    path.write_text('[{"text": ')
+    path.write_text("{")
     arguments = train_arguments(model_folder("bert"), path, tmp_path / "run", *MASKED)
     command = [sys.executable, "-c", "from mezo.cli import main; main()", *map(str, arguments)]
     process = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -576,13 +577,7 @@ class SmallDisk:
 
     def fill(self, free_pages):
         """Takes everything but `free_pages` pages of 4 KiB."""
-        with self._ballast.open("wb", buffering=0) as file:
-            try:
-                while True:
-                    file.write(bytes(PAGE))
-            except OSError as error:
-                assert error.errno == errno.ENOSPC
-            file.truncate(file.tell() // PAGE * PAGE - free_pages * PAGE)
+        self._ballast.write_bytes(bytes(shutil.disk_usage(self.path).free - free_pages * PAGE))
 
     def empty(self):
         self._ballast.unlink()
@@ -641,7 +636,7 @@ def test_disk_full_in_the_journal(capsys, small_disk, model_folder, tmp_path, js
 def test_disk_full_in_every_file_of_a_checkpoint(
     capsys, small_disk, model_folder, tmp_path, jsonl, model, method, start, more, save_steps
 ):
-    """Every run gets a little more room than the last one, until everything fits: each file is once the one too much."""
+    """Every run gets a little more room than the last, until everything fits: each file once is the one too many."""
     run = small_disk.path / "run"
     options = (*method, "--save_steps", save_steps)
     arguments = train_arguments(model_folder(model), jsonl(SENTIMENT_ROWS), run, *options, steps=6)

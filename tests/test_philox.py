@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mezo import philox
+from mezo.kernels import cpu
 
 # Random123's kat_vectors for "philox4x32 10": counter, key, expected words.
 KNOWN_ANSWERS = [
@@ -37,12 +38,27 @@ def test_words_equal_published_vectors(counter, key, expected):
 )
 def test_compiled_kernel_is_bit_equal_to_reference(seed, starts, width):
     pytest.importorskip("numba")
-    from mezo.kernels import cpu
-
     stream = philox.stream_id("direction", "weight")
     starts_R = torch.tensor(starts)
     expected = philox.reference_normals(seed, stream, starts_R, width)
-    assert torch.equal(cpu.normals(seed, stream, starts_R, width), expected)
+    assert cpu.enabled()
+    assert torch.equal(philox.normals(seed, stream, starts_R, width).view(torch.int32), expected.view(torch.int32))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("compiled", [True, False])
+def test_add_normals_rounds_product_and_sum_one_after_the_other(dtype, compiled, monkeypatch):
+    monkeypatch.setattr(cpu, "enabled", lambda: compiled)
+    base = torch.linspace(-0.03, 0.03, 70_001).to(dtype)
+    stream = philox.stream_id("direction", "weight")
+    z = philox.reference_normals(3, stream, torch.tensor([5]), len(base))[0]
+    expected = base.float() + z * 1.7e-3
+    before = base.clone()
+    assert torch.equal(philox.add_normals(base, 1.7e-3, 3, stream, 5), expected)
+    assert torch.equal(base, before)
+    if dtype == torch.float32:
+        philox.add_normals(base, 1.7e-3, 3, stream, 5, in_place=True)
+        assert torch.equal(base, expected)
 
 
 @settings(max_examples=40, deadline=None)

@@ -129,8 +129,29 @@ def reference_normals(seed: int, stream: int, starts_R: Tensor, width: int) -> T
 def normals(seed: int, stream: int, starts_R: Tensor, width: int) -> Tensor:
     """As `reference_normals`, by the fastest version for the tensor's device; the same bits."""
     if cpu_kernels.enabled() and starts_R.device.type == "cpu":
-        return cpu_kernels.normals(seed, stream, starts_R, width)
+        # −0 + 1 · z is z in every bit.
+        out_RW = torch.full((len(starts_R), width), -0.0)
+        return cpu_kernels.add_normals(out_RW, out_RW, 1.0, seed, stream, starts_R)
     return reference_normals(seed, stream, starts_R, width)
+
+
+def add_normals(base_N: Tensor, scale: float, seed: int, stream: int, start: int, *, in_place: bool = False) -> Tensor:
+    """`base + scale · z` for z of elements [start, start + N), in float32: product and sum rounded one after the other.
+
+    Args:
+        base_N: contiguous values of any floating type.
+        scale: factor of z, rounded to float32.
+        seed: key of the generator.
+        stream: see `stream_id`.
+        start: index of the first element.
+        in_place: write into `base_N`, which must be float32.
+    """
+    starts = torch.tensor([start], device=base_N.device)
+    if cpu_kernels.enabled() and base_N.device.type == "cpu" and base_N.dtype == torch.float32:
+        out_N = base_N if in_place else torch.empty_like(base_N)
+        return cpu_kernels.add_normals(out_N[None], base_N[None], scale, seed, stream, starts)[0]
+    sum_N = normals(seed, stream, starts, len(base_N))[0].mul_(scale).add_(base_N)
+    return base_N.copy_(sum_N) if in_place else sum_N
 
 
 def uniforms(seed: int, stream: int, start: int, stop: int, device: torch.device) -> Tensor:

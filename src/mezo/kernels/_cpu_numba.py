@@ -73,9 +73,33 @@ def _box_muller(wa, wb, za, zb, mantissa, bits):  # type: ignore[no-untyped-def]
         za[j], zb[j] = radius * c, radius * s
 
 
+@nb.njit(inline="always")
+def _add_group(out, base, scale, offset, z0, z1, z2, z3):  # type: ignore[no-untyped-def]
+    """out[offset + …] = base[offset + …] + scale * z for the elements of one group that lie inside `out`."""
+    width = len(out)
+    if offset >= 0 and offset + 4 * GROUP <= width:
+        for j in range(GROUP):
+            i = offset + 4 * j
+            out[i] = base[i] + scale * z0[j]
+            out[i + 1] = base[i + 1] + scale * z1[j]
+            out[i + 2] = base[i + 2] + scale * z2[j]
+            out[i + 3] = base[i + 3] + scale * z3[j]
+        return
+    for j in range(GROUP):
+        i = offset + 4 * j
+        if 0 <= i < width:
+            out[i] = base[i] + scale * z0[j]
+        if 0 <= i + 1 < width:
+            out[i + 1] = base[i + 1] + scale * z1[j]
+        if 0 <= i + 2 < width:
+            out[i + 2] = base[i + 2] + scale * z2[j]
+        if 0 <= i + 3 < width:
+            out[i + 3] = base[i + 3] + scale * z3[j]
+
+
 @nb.njit(parallel=True, cache=True, nogil=True)
-def fill_normals(out_RW, starts_R, k0, k1, c2, c3):  # type: ignore[no-untyped-def]
-    """Writes out[r, i] = z(start[r] + i)."""
+def add_normals(out_RW, base_RW, scale, starts_R, k0, k1, c2, c3):  # type: ignore[no-untyped-def]
+    """out[r, i] = base[r, i] + scale * z(start[r] + i); `out` may be `base`."""
     num_rows, width = out_RW.shape
     groups_per_row = (width + 3 + 4 * GROUP - 1) // (4 * GROUP)
     num_tasks = num_rows * groups_per_row
@@ -89,25 +113,9 @@ def fill_normals(out_RW, starts_R, k0, k1, c2, c3):  # type: ignore[no-untyped-d
         bits = mantissa.view(np.int32)
         for task in range(piece * tasks_per_piece, min(num_tasks, (piece + 1) * tasks_per_piece)):
             row, group = task // groups_per_row, task % groups_per_row
-            start = starts_R[row]
-            first_block = start // 4 + group * GROUP
+            first_block = starts_R[row] // 4 + group * GROUP
             _philox(first_block, k0, k1, c2, c3, w0, w1, w2, w3)
             _box_muller(w0, w1, z0, z1, mantissa, bits)
             _box_muller(w2, w3, z2, z3, mantissa, bits)
-            offset = int64(4 * first_block - start)
-            out = out_RW[row]
-            if offset >= 0 and offset + 4 * GROUP <= width:
-                for j in range(GROUP):
-                    i = offset + 4 * j
-                    out[i], out[i + 1], out[i + 2], out[i + 3] = z0[j], z1[j], z2[j], z3[j]
-            else:
-                for j in range(GROUP):
-                    i = offset + 4 * j
-                    if 0 <= i < width:
-                        out[i] = z0[j]
-                    if 0 <= i + 1 < width:
-                        out[i + 1] = z1[j]
-                    if 0 <= i + 2 < width:
-                        out[i + 2] = z2[j]
-                    if 0 <= i + 3 < width:
-                        out[i + 3] = z3[j]
+            offset = int64(4 * first_block - starts_R[row])
+            _add_group(out_RW[row], base_RW[row], scale, offset, z0, z1, z2, z3)

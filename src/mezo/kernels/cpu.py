@@ -10,7 +10,7 @@ import importlib.util
 import os
 from collections.abc import Callable
 
-import torch
+import numpy as np
 from torch import Tensor
 
 
@@ -20,11 +20,11 @@ def enabled() -> bool:
     return os.environ.get("MEZO_PLAIN_KERNELS", "0") == "0" and importlib.util.find_spec("numba") is not None
 
 
-def normals(seed: int, stream: int, starts_R: Tensor, width: int) -> Tensor:
-    """See `mezo.philox.reference_normals`."""
-    out_RW = torch.empty(len(starts_R), width)
+def add_normals(out_RW: Tensor, base_RW: Tensor, scale: float, seed: int, stream: int, starts_R: Tensor) -> Tensor:
+    """Writes `base + scale · z` into `out` (float32, contiguous; may be `base`) and returns it."""
     if out_RW.numel():
-        _compiled()(out_RW.numpy(), starts_R.numpy(), seed & 0xFFFFFFFF, seed >> 32, stream & 0xFFFFFFFF, stream >> 32)
+        key = (seed & 0xFFFFFFFF, seed >> 32, stream & 0xFFFFFFFF, stream >> 32)
+        _compiled()(out_RW.numpy(), base_RW.numpy(), np.float32(scale), starts_R.numpy(), *key)
     return out_RW
 
 
@@ -32,5 +32,5 @@ def normals(seed: int, stream: int, starts_R: Tensor, width: int) -> Tensor:
 def _compiled() -> Callable[..., None]:
     from mezo.kernels import _cpu_numba
 
-    kernel: Callable[..., None] = _cpu_numba.fill_normals
+    kernel: Callable[..., None] = _cpu_numba.add_normals
     return kernel

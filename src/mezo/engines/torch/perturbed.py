@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from mezo.engines.torch.space import ParameterSpace, direction, direction_rows
+from mezo import philox
+from mezo.engines.torch.space import ParameterSpace, direction_rows
 from mezo.estimator import Probe
 
 # Elements of a weight above which a linear layer is evaluated in blocks: 8 MiB of float32 scratch.
@@ -128,8 +129,9 @@ class PerturbedForward(TorchFunctionMode):
         name = self._names[id(parameter)]
         rows = parameter.detach()[first_row:last_row] if parameter.ndim else parameter.detach()
         start = first_row * (parameter[0].numel() if parameter.ndim > 1 else 1)
-        z_N = direction(self.probe.seed, name, start, start + rows.numel(), parameter.device)
-        return z_N.mul_(self._scale(name)).view(rows.shape).add_(rows).to(parameter.dtype)
+        stream = philox.stream_id("direction", name)
+        sum_N = philox.add_normals(rows.reshape(-1), self._scale(name), self.probe.seed, stream, start)
+        return sum_N.view(rows.shape).to(parameter.dtype)
 
     def _embedding(self, ids: Tensor, weight_VD: Tensor) -> Tensor:
         name = self._names[id(weight_VD)]

@@ -65,15 +65,16 @@ class ParameterSpace:
         for name, parameter in self.parameters.items():
             keep = 1.0 - learning_rate * weight_decay if parameter.ndim >= 2 else 1.0
             factors = [learning_rate * r.coefficient * self.scale(name, r.seed) for r in records]
+            stream = philox.stream_id("direction", name)
             flat_N = parameter.detach().view(-1)
             for start, stop in chunks(flat_N.numel()):
-                weight_C = flat_N[start:stop].to(torch.float32)
+                weight_C = flat_N[start:stop].to(torch.float32)  # the weights themselves if they are float32
                 if keep != 1.0:
-                    weight_C = weight_C * keep
+                    weight_C.mul_(keep)
                 for record, factor in zip(records, factors, strict=True):
-                    z_C = direction(record.seed, name, start, stop, flat_N.device)
-                    weight_C = weight_C - z_C.mul_(factor)
-                _store(flat_N[start:stop], weight_C, records[0].seed, name, start)
+                    philox.add_normals(weight_C, -factor, record.seed, stream, start, in_place=True)
+                if flat_N.dtype != torch.float32:
+                    _store_rounded(flat_N[start:stop], weight_C, records[0].seed, name, start)
 
 
 def chunks(numel: int) -> Iterator[tuple[int, int]]:
@@ -116,9 +117,6 @@ def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
     return hasher.hexdigest()
 
 
-def _store(out_C: Tensor, value_C: Tensor, seed: int, name: str, start: int) -> None:
-    if out_C.dtype == torch.float32:
-        out_C.copy_(value_C)
-        return
+def _store_rounded(out_C: Tensor, value_C: Tensor, seed: int, name: str, start: int) -> None:
     bits_C = philox.rounding_bits(seed, philox.stream_id("rounding", name), start, start + len(out_C), out_C.device)
     out_C.copy_(stochastic_round(value_C, bits_C, out_C.dtype))
