@@ -109,6 +109,12 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], st
     return folder
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    """Tiny tensors gain nothing from a second thread and lose much where the machine is busy."""
+    torch.set_num_threads(1)
+
+
 SENTIMENT_ROWS = [
     {"text": f"the {noun} was {word} {tail}", "label": int(word in ("good", "great", "lovely", "fine"))}
     for noun in ("film", "story", "plot", "acting")

@@ -275,7 +275,7 @@ def test_long_prompts_of_a_decoder_lose_their_start_and_keep_the_answer(model_fo
     rows = [short, {"prompt": LONG, "completion": " very dull"}, short, {"prompt": LONG, "completion": " fine"}]
     config = make_config(model_folder(model), tmp_path / "run")
     trainer = build_trainer(config, rows)
-    assert "2 rows were longer than the model's context and were cut" in caplog.text
+    assert "2 rows were longer than 64 tokens and were cut" in caplog.text
     (tokens,) = decoded(config, trainer.train_examples[1])
     kept = [*LONG.split(), "very", "dull", "</s>"][-(CONTEXT - 1) :]
     assert tokens == ["<s>", *kept]
@@ -307,7 +307,7 @@ def test_long_prompts_before_label_words_count_once_per_row(model_folder, tmp_pa
 def test_long_prompts_of_an_encoder_keep_the_mask(model_folder, tmp_path, caplog, model, template, kept):
     config = make_config(model_folder(model), tmp_path / "run", template=template, label_words=WORDS)
     trainer = build_trainer(config, [{"text": LONG, "label": 0}, *SENTIMENT_ROWS[:7]])
-    assert "1 rows were longer than the model's context and were cut" in caplog.text
+    assert "1 rows were longer than 64 tokens and were cut" in caplog.text
     (tokens,) = decoded(config, trainer.train_examples[0])
     assert len(tokens) == CONTEXT
     mask = {"bert": "[MASK]", "roberta": "<mask>"}[model]

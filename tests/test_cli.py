@@ -32,7 +32,7 @@ FULL = ("--learning_rate", 5e-4)
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Tiny models gain nothing from more, and on a busy machine threads that wait for each other take 50 times as long."""
+    """Tiny models gain nothing from more, and on a busy machine threads waiting for each other are 50 times slower."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

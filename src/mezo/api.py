@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from mezo import checkpoint, journal
 from mezo.adapter import add_adapter
 from mezo.config import MeZOConfig, looks_like_wrong_rate
-from mezo.data import TrainData, load_eval_rows, load_rows, load_splits
+from mezo.data import Row, TrainData, load_eval_rows, load_rows, load_splits
 from mezo.encoding import Encoder, make_encoder
 from mezo.engines.torch.engine import TorchEngine
 from mezo.engines.torch.loading import is_encoder, load_model, load_model_config, load_tokenizer
@@ -110,14 +110,10 @@ def build_trainer(
     model_config = load_model_config(config)
     tokenizer = load_tokenizer(config)
     splits = load_splits(config, train_dataset, eval_dataset)
-    encoder = make_encoder(
-        splits.train.column_names, list(splits.train), config, model_config, tokenizer,
-        encoder_model=is_encoder(model_config),
-    )  # fmt: skip
-    train_examples = encoder(list(splits.train))
+    train_rows: list[Row] = list(splits.train)
+    encoder = make_encoder(train_rows, config, model_config, tokenizer, encoder_model=is_encoder(model_config))
+    train_examples = encoder(train_rows)
     eval_examples = _encode_evaluation(encoder, splits.train, splits.evaluation)
-    if encoder.num_truncated:
-        logger.warning("%d rows were longer than the model's context and were cut", encoder.num_truncated)
     model, model_digest = _trainable_model(config, encoder.kind, encoder.labels)
     engine = make_engine(config, model, tokenizer)
     header = make_header(
@@ -239,13 +235,13 @@ def eval_model(config: MeZOConfig, adapter: str | Path | None = None, dataset: T
     if config.max_eval_samples is not None:
         rows = rows.select(range(min(len(rows), config.max_eval_samples)))
     encoder = make_encoder(
-        rows.column_names, list(rows), config, model_config, tokenizer,
-        encoder_model=is_encoder(model_config), labels=labels,
-    )  # fmt: skip
+        list(rows), config, model_config, tokenizer, encoder_model=is_encoder(model_config), labels=labels
+    )
+    examples = encoder(list(rows))
     model: PreTrainedModel | PeftModel = load_model(config, encoder.kind, encoder.labels)
     if adapter is not None:
         model = load_adapter(model, adapter)
-    return evaluate(make_engine(config, model, tokenizer), encoder(list(rows)))
+    return evaluate(make_engine(config, model, tokenizer), examples)
 
 
 def _filled_in(config: MeZOConfig, recorded: MeZOConfig) -> MeZOConfig:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -32,9 +33,10 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        write(partial)
-        for path in partial.rglob("*"):
-            _sync(path)
+        with _naming(folder):
+            write(partial)
+            for path in partial.rglob("*"):
+                _sync(path)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -59,9 +61,10 @@ def write_files(folder: Path, write: Callable[[Path], None]) -> None:
 def write_text(path: Path, text: str) -> None:
     """Replaces a text file whole."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    _sync(partial)
-    partial.replace(path)
+    with _naming(path):
+        partial.write_text(text)
+        _sync(partial)
+        partial.replace(path)
 
 
 def rotate(run: Path, limit: int | None, keep: Path | None) -> None:
@@ -77,6 +80,19 @@ def remove_partial(run: Path) -> None:
     for path in run.glob(".*.partial"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     shutil.rmtree(run / ".partial", ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Gives every failed write one form, an OSError with a path; those of Rust libraries are no OSErrors."""
+    try:
+        yield
+    except Exception as error:
+        rust = re.search(r"\(os error (\d+)\)", str(error))
+        number = error.errno if isinstance(error, OSError) else int(rust.group(1)) if rust else None
+        if number is None:
+            raise
+        raise OSError(number, f"{os.strerror(number)} while writing", str(path)) from error
 
 
 def _sync(path: Path) -> None:

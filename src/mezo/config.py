@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from mezo.errors import UserError
 
@@ -155,7 +157,30 @@ class MeZOConfig:
         for key in values:
             if key not in names:
                 raise UserError(unknown_key_message(key, names))
-        return cls(**values)  # type: ignore[arg-type]
+        hints = get_type_hints(cls)
+        return cls(**{key: coerced(key, value, hints[key]) for key, value in values.items()})
+
+
+def coerced(name: str, value: object, hint: object) -> Any:
+    """The value as the type of its option: numbers written as text become numbers (YAML reads 1e-6 as text)."""
+    options = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    if value is None and type(None) in options:
+        return None
+    (wanted,) = (option for option in options if option is not type(None))
+    if get_origin(wanted) is Literal:
+        if value in get_args(wanted):
+            return value
+        raise UserError(f"{name} must be one of {', '.join(map(str, get_args(wanted)))}, got {value!r}")
+    if get_origin(wanted) is dict and isinstance(value, Mapping):
+        return {str(key): str(word) for key, word in value.items()}
+    if get_origin(wanted) is list and isinstance(value, Sequence) and not isinstance(value, str):
+        return [str(entry) for entry in value]
+    if wanted is float and not isinstance(value, bool):
+        with contextlib.suppress(TypeError, ValueError):
+            return float(value)  # type: ignore[arg-type]
+    if isinstance(wanted, type) and type(value) is wanted:
+        return value
+    raise UserError(f"{name} must be {getattr(wanted, '__name__', wanted)}, got {value!r}")
 
 
 def looks_like_wrong_rate(config: MeZOConfig) -> str | None:

@@ -110,27 +110,31 @@ def _load_file(path: Path) -> Dataset:
         raise UserError(f"{path}: unknown file type; known are {', '.join(_BUILDERS)}, also with .gz")
     if path.stat().st_size == 0:
         raise UserError(f"{path} holds no rows")
-    if builder == "json":
-        _check_json_lines(path)
+    if builder == "json" and not _check_json_lines(path):
+        raise UserError(f"{path} holds no rows")
     options = {"sep": "\t"} if ".tsv" in path.suffixes else {}
     try:
         return load_dataset(builder, data_files=str(path), split="train", **options)
     except (DatasetsError, OSError, ValueError, TypeError) as error:
         cause = error.__cause__ or error
+        if "corresponds to no data" in str(cause):
+            raise UserError(f"{path} holds no rows") from None
         raise UserError(f"{path}: {str(cause).strip().splitlines()[0]}") from None
 
 
-def _check_json_lines(path: Path) -> None:
+def _check_json_lines(path: Path) -> bool:
     """Names the first malformed line of a jsonl file; `datasets` does not."""
     if not path.name.removesuffix(".gz").endswith(".jsonl"):
-        return
+        return True
     opener = gzip.open if path.suffix == ".gz" else open
-    number = 0
+    number, found = 0, False
     try:
         with opener(path, "rt", encoding="utf-8") as lines:
             for number, line in enumerate(lines, start=1):
+                found = found or bool(line.strip())
                 if line.strip() and not isinstance(json.loads(line), dict):
                     raise UserError(f"{path}, line {number}: not a JSON object")
+        return found
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}, line {number or 1}: malformed JSON ({error})") from None
     except (EOFError, gzip.BadGzipFile) as error:

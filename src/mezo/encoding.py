@@ -21,7 +21,7 @@ ModelKind = Literal["causal_lm", "masked_lm", "sequence_classification"]
 _MASK = "[MASK]"
 
 
-@dataclass
+@dataclass(frozen=True)
 class Encoder:
     """Turns rows into examples for one objective.
 
@@ -29,23 +29,29 @@ class Encoder:
         name: the objective, for messages and the model card.
         kind: the model head it needs.
         labels: names of the options, where all rows have the same.
+        tokens: tokenizer and length limit.
         encode: one row to one example.
     """
 
     name: str
     kind: ModelKind
     labels: tuple[str, ...]
+    tokens: _Tokens
     encode: Callable[[Row], Example]
-    num_truncated: int = 0
 
     def __call__(self, rows: Sequence[Row]) -> list[Example]:
         """Encodes all rows; says once how many were longer than the model's context."""
         examples = []
+        num_truncated = 0
         for number, row in enumerate(rows):
+            before = self.tokens.num_truncated
             try:
                 examples.append(self.encode(row))
             except UserError as error:
                 raise UserError(f"row {number}: {error}") from None
+            num_truncated += self.tokens.num_truncated > before
+        if num_truncated:
+            logger.warning("%d rows were longer than %d tokens and were cut", num_truncated, self.tokens.max_length)
         return examples
 
 
@@ -63,7 +69,7 @@ class _Tokens:
 
     def ids(self, text: str) -> list[int]:
         """Tokens of a text, without special tokens around it."""
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return ids
 
     def completion(self, prompt: str, answer: str, option: int, *, end: bool = False) -> TokenSequence:
@@ -97,12 +103,14 @@ class _Tokens:
         room = self.max_length - len(self.prefix) - len(self.suffix)
         if len(ids) > room:
             self.num_truncated += 1
-            ids = ids[:room] if keep is None or keep in ids[:room] else ids[-room:]
+            start = 0
+            if keep is not None and keep in ids[room:]:
+                start = min(ids.index(keep) - room // 2, len(ids) - room)  # a window around it
+            ids = ids[start : start + room]
         return (*self.prefix, *ids, *self.suffix)
 
 
 def make_encoder(
-    columns: Sequence[str],
     rows: Sequence[Row],
     config: MeZOConfig,
     model_config: PretrainedConfig,
@@ -114,8 +122,7 @@ def make_encoder(
     """The encoder that the columns ask for.
 
     Args:
-        columns: of the rows.
-        rows: the training rows; a classification head takes its labels from them.
+        rows: all rows to encode; their columns decide, and a classification head takes its labels from them.
         config: template, label words, lengths.
         model_config: for the context length.
         tokenizer: the model's.
@@ -123,21 +130,10 @@ def make_encoder(
         labels: the classes of a saved classification head, in its order.
     """
     tokens = _Tokens(tokenizer, context_length(config, model_config, tokenizer))
-    column_set = set(columns)
+    columns = set(rows[0])
     if encoder_model:
-        encoder = _for_encoder(column_set, rows, config, tokens, labels)
-    else:
-        encoder = _for_decoder(column_set, rows, config, tokens)
-    inner = encoder.encode
-
-    def encode(row: Row) -> Example:
-        before = tokens.num_truncated
-        example = inner(row)
-        encoder.num_truncated += tokens.num_truncated > before
-        return example
-
-    encoder.encode = encode
-    return encoder
+        return _for_encoder(columns, rows, config, tokens, labels)
+    return _for_decoder(columns, rows, config, tokens)
 
 
 def context_length(config: MeZOConfig, model_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -187,7 +183,7 @@ def _for_encoder(
         targets = tuple(Target(position, word_id, option) for option, word_id in enumerate(word_ids))
         return Example((TokenSequence(ids, targets),), _option(row, config.label_column, names))
 
-    return Encoder("masked label word", "masked_lm", names, encode)
+    return Encoder("masked label word", "masked_lm", names, tokens, encode)
 
 
 def _classification(
@@ -198,7 +194,7 @@ def _classification(
     if _MASK in template:
         raise UserError(f"template has {_MASK}, but label_words are missing")
     _require_columns(columns, set(_fields(template)))
-    found = {label_key(row[config.label_column]) for row in rows}
+    found = {label_key(row[config.label_column]) for row in rows if row[config.label_column] is not None}
     names = tuple(labels) if labels is not None else tuple(sorted(found, key=_label_order))
     if len(names) < 2:
         raise UserError(
@@ -210,7 +206,7 @@ def _classification(
         targets = tuple(Target(0, option, option) for option in range(len(names)))
         return Example((TokenSequence(ids, targets),), _option(row, config.label_column, names))
 
-    return Encoder("classification head", "sequence_classification", names, encode)
+    return Encoder("classification head", "sequence_classification", names, tokens, encode)
 
 
 # --- decoders -------------------------------------------------------------------------------------------------------
@@ -226,9 +222,9 @@ def _for_decoder(columns: set[str], rows: Sequence[Row], config: MeZOConfig, tok
     if {"prompt", "completion"} <= columns:
         if rows and isinstance(rows[0]["prompt"], list):
             return _conversations(tokens)
-        return Encoder("completion", "causal_lm", (), lambda row: _completion(tokens, row))
+        return Encoder("completion", "causal_lm", (), tokens, lambda row: _completion(tokens, row))
     if "text" in columns and config.label_column not in columns:
-        return Encoder("language modelling", "causal_lm", (), lambda row: _language_model(tokens, row))
+        return Encoder("language modelling", "causal_lm", (), tokens, lambda row: _language_model(tokens, row))
     wanted = "prompt and completion; messages; prompt, choices and label; text; or text and label with label_words"
     raise UserError(f"columns {_listed(columns)} are none of these: {wanted}")
 
@@ -252,7 +248,7 @@ def _label_words(columns: set[str], config: MeZOConfig, tokens: _Tokens) -> Enco
         sequences = tuple(tokens.completion(prompt, _spaced(prompt, word), i) for i, word in enumerate(words))
         return Example(sequences, _option(row, config.label_column, names))
 
-    return Encoder("label words", "causal_lm", names, encode)
+    return Encoder("label words", "causal_lm", names, tokens, encode)
 
 
 def _choices(columns: set[str], config: MeZOConfig, tokens: _Tokens) -> Encoder:
@@ -267,7 +263,7 @@ def _choices(columns: set[str], config: MeZOConfig, tokens: _Tokens) -> Encoder:
         answers = [_spaced(prompt, str(c)) for c in choices]
         return Example(tuple(tokens.completion(prompt, a, i) for i, a in enumerate(answers)), label)
 
-    return Encoder("multiple choice", "causal_lm", (), encode)
+    return Encoder("multiple choice", "causal_lm", (), tokens, encode)
 
 
 def _messages(tokens: _Tokens) -> Encoder:
@@ -277,7 +273,7 @@ def _messages(tokens: _Tokens) -> Encoder:
             raise UserError("messages must be a list that ends with an assistant's message")
         return _chat(tokens, messages[:-1], messages)
 
-    return Encoder("completion of a conversation", "causal_lm", (), encode)
+    return Encoder("completion of a conversation", "causal_lm", (), tokens, encode)
 
 
 def _conversations(tokens: _Tokens) -> Encoder:
@@ -286,7 +282,7 @@ def _conversations(tokens: _Tokens) -> Encoder:
         assert isinstance(prompt, list) and isinstance(completion, list)
         return _chat(tokens, prompt, prompt + completion)
 
-    return Encoder("completion of a conversation", "causal_lm", (), encode)
+    return Encoder("completion of a conversation", "causal_lm", (), tokens, encode)
 
 
 def _chat(tokens: _Tokens, prompt: list[Row], whole: list[Row]) -> Example:
@@ -307,8 +303,15 @@ def _chat(tokens: _Tokens, prompt: list[Row], whole: list[Row]) -> Example:
 # --- rows and templates ---------------------------------------------------------------------------------------------
 
 
+def _value(row: Row, column: str) -> object:
+    value = row.get(column)
+    if value is None:
+        raise UserError(f"column {column!r} has no value")
+    return value
+
+
 def _text(row: Row, column: str) -> str:
-    value = row[column]
+    value = _value(row, column)
     if not isinstance(value, str):
         raise UserError(f"column {column!r} holds {value!r}, a text is needed")
     return value
@@ -324,7 +327,7 @@ def _fields(template: str) -> list[str]:
 
 
 def _fill(template: str, row: Row) -> str:
-    return re.sub(r"\{(\w+)\}", lambda m: str(row[m.group(1)]), template)
+    return re.sub(r"\{(\w+)\}", lambda m: str(_value(row, m.group(1))), template)
 
 
 def _template(config: MeZOConfig, columns: set[str]) -> str:
@@ -356,7 +359,7 @@ def _listed(columns: set[str]) -> str:
 
 
 def _option(row: Row, column: str, names: tuple[str, ...]) -> int:
-    key = label_key(row[column])
+    key = label_key(_value(row, column))
     if key not in names:
         raise UserError(f"label {key!r} is not among the labels {', '.join(names)}")
     return names.index(key)
@@ -369,7 +372,9 @@ def _label_order(name: str) -> tuple[bool, int, str]:
 
 def _single_token(tokens: _Tokens, word: str) -> int:
     ids = tokens.ids(word)
-    if len(ids) != 1 or ids[0] == tokens.tokenizer.unk_token_id:
+    if ids == [tokens.tokenizer.unk_token_id]:
+        raise UserError(f"label word {word.strip()!r} is unknown to this model's tokenizer")
+    if len(ids) != 1:
         raise UserError(f"label word {word.strip()!r} is {len(ids)} tokens for this model, one is needed")
     return ids[0]
 

@@ -13,7 +13,7 @@ import tyro
 
 from mezo import __version__
 from mezo.cli.options import EvalOptions, MergeOptions, PresetsOptions, ReplayOptions
-from mezo.config import PRESETS, MeZOConfig, preset, unknown_key_message
+from mezo.config import PRESETS, MeZOConfig, coerced, preset, unknown_key_message
 from mezo.errors import NonFiniteLossError, UserError
 
 _Options = TypeVar("_Options")
@@ -138,7 +138,8 @@ def _read_yaml(path: Path) -> dict[str, object]:
     for key in values:
         if key not in names:
             raise UserError(f"--config {path}: {unknown_key_message(str(key), names)}")
-    return values
+    hints = get_type_hints(MeZOConfig)
+    return {key: coerced(key, value, hints[key]) for key, value in values.items()}
 
 
 def _parse(

@@ -36,7 +36,7 @@ def _quiet() -> None:
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     datasets.disable_progress_bars()
-    datasets.logging.set_verbosity_error()
+    datasets.logging.set_verbosity(logging.CRITICAL)  # its errors come back as exceptions
     warnings.showwarning = lambda message, *rest: logger.warning("%s", message)
 
 

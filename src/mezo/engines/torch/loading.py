@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -41,11 +42,13 @@ def device_for(config: MeZOConfig) -> torch.device:
 def load_model_config(config: MeZOConfig) -> PretrainedConfig:
     """The model's configuration, without its weights."""
     try:
-        return AutoConfig.from_pretrained(
+        model_config: PretrainedConfig = AutoConfig.from_pretrained(
             config.model_name_or_path, revision=config.model_revision, trust_remote_code=config.trust_remote_code
         )
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"model_name_or_path {config.model_name_or_path!r}: {_first_line(error)}") from None
+    is_encoder(model_config)  # refuses other architectures
+    return model_config
 
 
 def is_encoder(model_config: PretrainedConfig) -> bool:
@@ -69,6 +72,9 @@ def load_tokenizer(config: MeZOConfig) -> PreTrainedTokenizerBase:
         )
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"no tokenizer in {config.model_name_or_path!r}: {_first_line(error)}") from None
+    # Without any tokenizer files transformers makes one that knows only its special tokens.
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise UserError(f"no tokenizer in {config.model_name_or_path!r}: its vocabulary is empty")
     return tokenizer
 
 
@@ -94,7 +100,7 @@ def load_model(config: MeZOConfig, kind: str, labels: Sequence[str] = ()) -> Pre
         model, info = _AUTO_CLASSES[kind].from_pretrained(
             config.model_name_or_path, revision=config.model_revision, output_loading_info=True, **options
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(f"model_name_or_path {config.model_name_or_path!r}: {_first_line(error)}") from None
     finally:
         transformers_logging.set_verbosity(verbosity)
