@@ -158,6 +158,10 @@ def test_what_save_to_disk_left(tmp_path):
     splits.save_to_disk(tmp_path / "saved")
     assert load_rows(tmp_path / "saved", None, "train").to_list() == ROWS[:12]
     assert load_rows(tmp_path / "saved", None, "validation").to_list() == ROWS[12:]
+    splits["train"].save_to_disk(tmp_path / "single")
+    with pytest.raises(UserError, match="load_from_disk") as raised:
+        load_rows(tmp_path / "single", None, "train")
+    assert "\n" not in str(raised.value)
 
 
 def test_evaluation_rows_come_from_the_first_source_named(tmp_path):

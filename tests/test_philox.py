@@ -57,7 +57,7 @@ def test_add_normals_rounds_product_and_sum_one_after_the_other(dtype, compiled,
     assert torch.equal(philox.add_normals(base, 1.7e-3, 3, stream, 5), expected)
     assert torch.equal(base, before)
     if dtype == torch.float32:
-        philox.add_normals(base, 1.7e-3, 3, stream, 5, in_place=True)
+        philox.add_normals(base, 1.7e-3, 3, stream, 5, out_N=base)
         assert torch.equal(base, expected)
 
 

@@ -135,7 +135,9 @@ def normals(seed: int, stream: int, starts_R: Tensor, width: int) -> Tensor:
     return reference_normals(seed, stream, starts_R, width)
 
 
-def add_normals(base_N: Tensor, scale: float, seed: int, stream: int, start: int, *, in_place: bool = False) -> Tensor:
+def add_normals(
+    base_N: Tensor, scale: float, seed: int, stream: int, start: int, out_N: Tensor | None = None
+) -> Tensor:
     """`base + scale · z` for z of elements [start, start + N), in float32: product and sum rounded one after the other.
 
     Args:
@@ -144,14 +146,14 @@ def add_normals(base_N: Tensor, scale: float, seed: int, stream: int, start: int
         seed: key of the generator.
         stream: see `stream_id`.
         start: index of the first element.
-        in_place: write into `base_N`, which must be float32.
+        out_N: float32 tensor to write into and return, possibly `base_N` itself; a new one if not given.
     """
     starts = torch.tensor([start], device=base_N.device)
     if cpu_kernels.enabled() and base_N.device.type == "cpu" and base_N.dtype == torch.float32:
-        out_N = base_N if in_place else torch.empty_like(base_N)
+        out_N = torch.empty_like(base_N) if out_N is None else out_N
         return cpu_kernels.add_normals(out_N[None], base_N[None], scale, seed, stream, starts)[0]
     sum_N = normals(seed, stream, starts, len(base_N))[0].mul_(scale).add_(base_N)
-    return base_N.copy_(sum_N) if in_place else sum_N
+    return sum_N if out_N is None else out_N.copy_(sum_N)
 
 
 def uniforms(seed: int, stream: int, start: int, stop: int, device: torch.device) -> Tensor:

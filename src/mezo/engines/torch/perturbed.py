@@ -4,8 +4,8 @@
 θ + scale · z of that parameter instead, formed in scratch memory for that one call. So it holds for any model that is
 written in PyTorch functions, for tied weights, and after an exception anywhere there is nothing to restore.
 
-Three functions are taken apart to bound time and scratch: embeddings perturb only the rows they gather, large linear
-layers go block by block over output features, and attributes such as `shape` read nothing.
+Two functions are taken apart to save time and scratch: embeddings perturb only the rows they gather, and linear layers
+go block by block over output features. Attributes such as `shape` read nothing.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from mezo import philox
 from mezo.engines.torch.space import ParameterSpace, direction_rows
 from mezo.estimator import Probe
 
-# Elements of a weight above which a linear layer is evaluated in blocks: 8 MiB of float32 scratch.
+# Elements of a linear layer's weight that are formed at once: 8 MiB of float32 scratch.
 _LINEAR_BLOCK = 1 << 21
 
 _METADATA = frozenset(
@@ -85,6 +85,7 @@ class PerturbedForward(TorchFunctionMode):
         self.space = space
         self.probe = probe
         self.read_names: set[str] = set()
+        self._scratch = torch.empty(0)
         self._names = {id(p): name for name, p in space.parameters.items()}
 
     def __torch_function__(
@@ -101,7 +102,7 @@ class PerturbedForward(TorchFunctionMode):
             x = _argument(args, kwargs, 0, "input")
             if func is F.embedding and _argument(args, kwargs, 3, "max_norm") is None:
                 return self._embedding(x, weight)
-            if func is F.linear and weight.numel() > _LINEAR_BLOCK:
+            if func is F.linear:
                 return self._linear(x, weight, _argument(args, kwargs, 2, "bias"))
         return func(*map(self._substitute, args), **{k: self._substitute(v) for k, v in kwargs.items()})
 
@@ -124,14 +125,16 @@ class PerturbedForward(TorchFunctionMode):
         self.read_names.add(name)
         return self.probe.scale * self.space.scale(name, self.probe.seed)
 
-    def _perturbed(self, parameter: Tensor, first_row: int = 0, last_row: int | None = None) -> Tensor:
-        """Rows [first_row, last_row) of θ + scale · z, in the parameter's dtype."""
+    def _perturbed(self, parameter: Tensor) -> Tensor:
+        """θ + scale · z in the parameter's dtype."""
         name = self._names[id(parameter)]
-        rows = parameter.detach()[first_row:last_row] if parameter.ndim else parameter.detach()
-        start = first_row * (parameter[0].numel() if parameter.ndim > 1 else 1)
         stream = philox.stream_id("direction", name)
-        sum_N = philox.add_normals(rows.reshape(-1), self._scale(name), self.probe.seed, stream, start)
-        return sum_N.view(rows.shape).to(parameter.dtype)
+        theta_N = parameter.detach().view(-1)
+        return (
+            philox.add_normals(theta_N, self._scale(name), self.probe.seed, stream, 0)
+            .view(parameter.shape)
+            .to(parameter.dtype)
+        )
 
     def _embedding(self, ids: Tensor, weight_VD: Tensor) -> Tensor:
         name = self._names[id(weight_VD)]
@@ -140,15 +143,22 @@ class PerturbedForward(TorchFunctionMode):
         return z_RD.mul_(self._scale(name)).add_(weight_VD.detach()[rows_R]).to(weight_VD.dtype)[inverse]
 
     def _linear(self, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+        """Blocks of output features, formed one after the other in the same scratch memory."""
         num_out, num_in = weight_OI.shape
+        name = self._names[id(weight_OI)]
+        stream, scale = philox.stream_id("direction", name), self._scale(name)
         bias_O = None if bias_O is None else self._substitute(bias_O)
-        y = x.new_empty(*x.shape[:-1], num_out)
-        rows = max(1, _LINEAR_BLOCK // num_in)
+        rows = min(num_out, max(1, _LINEAR_BLOCK // num_in))
+        if self._scratch.numel() < rows * num_in or self._scratch.device != weight_OI.device:
+            self._scratch = torch.empty(rows * num_in, device=weight_OI.device)
+        outputs = []
         for first in range(0, num_out, rows):
-            last = min(num_out, first + rows)
-            block_bias = None if bias_O is None else bias_O[first:last]
-            y[..., first:last] = F.linear(x, self._perturbed(weight_OI, first, last), block_bias)
-        return y
+            theta_RI = weight_OI.detach()[first : first + rows]
+            scratch_N = self._scratch[: theta_RI.numel()]
+            philox.add_normals(theta_RI.view(-1), scale, self.probe.seed, stream, first * num_in, out_N=scratch_N)
+            block_RI = scratch_N.view(theta_RI.shape).to(weight_OI.dtype)
+            outputs.append(F.linear(x, block_RI, None if bias_O is None else bias_O[first : first + rows]))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
 
 
 def _argument(args: Sequence[Any], kwargs: Mapping[str, Any], position: int, name: str) -> Any:

@@ -72,7 +72,7 @@ class ParameterSpace:
                 if keep != 1.0:
                     weight_C.mul_(keep)
                 for record, factor in zip(records, factors, strict=True):
-                    philox.add_normals(weight_C, -factor, record.seed, stream, start, in_place=True)
+                    philox.add_normals(weight_C, -factor, record.seed, stream, start, out_N=weight_C)
                 if flat_N.dtype != torch.float32:
                     _store_rounded(flat_N[start:stop], weight_C, records[0].seed, name, start)
 
