@@ -14,8 +14,12 @@ import transformers
 def provenance() -> dict[str, str]:
     """Machine, versions, commit and date of a measurement."""
     root = Path(__file__).parent
-    commit = subprocess.run(["git", "-C", root, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{_cpu()}, {torch.get_num_threads()} threads"
+    commit = subprocess.run(
+        ["git", "-C", root, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    )
+    device = (
+        torch.cuda.get_device_name() if torch.cuda.is_available() else f"{_cpu()}, {torch.get_num_threads()} threads"
+    )
     return {
         "device": device,
         "python": platform.python_version(),

@@ -73,13 +73,14 @@ def _one_thread():
     """Tiny tensors gain nothing from a second thread and lose milliseconds a call when another process has the core."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    numba = pytest.importorskip("numba") if cpu_kernels.enabled() else None
-    numba_threads = numba.get_num_threads() if numba else 0
-    if numba:
+    if cpu_kernels.enabled():
+        import numba
+
+        numba_threads = numba.get_num_threads()
         numba.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-    if numba:
+    if cpu_kernels.enabled():
         numba.set_num_threads(numba_threads)
 
 

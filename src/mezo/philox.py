@@ -17,11 +17,13 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from mezo.kernels import cpu as cpu_kernels
+from mezo.kernels import gpu as gpu_kernels
 
 RNG_VERSION = "philox4x32-10/box-muller-24/1"
 
@@ -128,11 +130,21 @@ def reference_normals(seed: int, stream: int, starts_R: Tensor, width: int) -> T
 
 def normals(seed: int, stream: int, starts_R: Tensor, width: int) -> Tensor:
     """As `reference_normals`, by the fastest version for the tensor's device; the same bits."""
-    if cpu_kernels.enabled() and starts_R.device.type == "cpu":
-        # −0 + 1 · z is z in every bit.
-        out_RW = torch.full((len(starts_R), width), -0.0)
-        return cpu_kernels.add_normals(out_RW, out_RW, 1.0, seed, stream, starts_R)
-    return reference_normals(seed, stream, starts_R, width)
+    kernel = _kernel(starts_R.device)
+    if kernel is None:
+        return reference_normals(seed, stream, starts_R, width)
+    # −0 + 1 · z is z in every bit.
+    out_RW = torch.full((len(starts_R), width), -0.0, device=starts_R.device)
+    return kernel(out_RW, out_RW, 1.0, seed, stream, starts_R)
+
+
+def _kernel(device: torch.device) -> Callable[[Tensor, Tensor, float, int, int, Tensor], Tensor] | None:
+    """The compiled `add_normals` for a device, if there is one."""
+    if device.type == "cpu" and cpu_kernels.enabled():
+        return cpu_kernels.add_normals
+    if device.type == "cuda" and gpu_kernels.enabled():
+        return gpu_kernels.add_normals
+    return None
 
 
 def add_normals(
@@ -149,9 +161,10 @@ def add_normals(
         out_N: float32 tensor to write into and return, possibly `base_N` itself; a new one if not given.
     """
     starts = torch.tensor([start], device=base_N.device)
-    if cpu_kernels.enabled() and base_N.device.type == "cpu" and base_N.dtype == torch.float32:
-        out_N = torch.empty_like(base_N) if out_N is None else out_N
-        return cpu_kernels.add_normals(out_N[None], base_N[None], scale, seed, stream, starts)[0]
+    kernel = _kernel(base_N.device)
+    if kernel is not None and (base_N.dtype == torch.float32 or base_N.device.type == "cuda"):
+        out_N = torch.empty_like(base_N, dtype=torch.float32) if out_N is None else out_N
+        return kernel(out_N[None], base_N[None], scale, seed, stream, starts)[0]
     sum_N = normals(seed, stream, starts, len(base_N))[0].mul_(scale).add_(base_N)
     return sum_N if out_N is None else out_N.copy_(sum_N)
 

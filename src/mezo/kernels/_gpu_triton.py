@@ -1,0 +1,74 @@
+"""Triton source of `mezo.kernels.gpu`. The polynomials are those of `mezo.philox._log` and `_cos_sin`."""
+
+import triton
+import triton.language as tl
+
+_ANGLE = tl.constexpr(3.7450703871400037e-07)  # 2π / 2²⁴, rounded to float32
+
+
+@triton.jit
+def _philox(block, k0, k1, c2, c3):
+    c0 = block.to(tl.uint32)
+    c1 = (block >> 32).to(tl.uint32)
+    for _ in tl.static_range(10):
+        high0, low0 = tl.umulhi(c0, 0xD2511F53), c0 * 0xD2511F53
+        high1, low1 = tl.umulhi(c2, 0xCD9E8D57), c2 * 0xCD9E8D57
+        c0, c1 = high1 ^ c1 ^ k0, low1
+        c2, c3 = high0 ^ c3 ^ k1, low0
+        k0 += 0x9E3779B9
+        k1 += 0xBB67AE85
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def _box_muller(wa, wb):
+    u = ((wa >> 8).to(tl.int32) + 1).to(tl.float32)
+    bits = u.to(tl.int32, bitcast=True)
+    exponent = (bits - 0x3F3504F3) >> 23
+    x = (bits - (exponent << 23)).to(tl.float32, bitcast=True) - 1.0
+    e = (exponent - 24).to(tl.float32)
+    y = x * 7.0376836292e-2 + -1.1514610310e-1
+    y = y * x + 1.1676998740e-1
+    y = y * x + -1.2420140846e-1
+    y = y * x + 1.4249322787e-1
+    y = y * x + -1.6668057665e-1
+    y = y * x + 2.0000714765e-1
+    y = y * x + -2.4999993993e-1
+    y = y * x + 3.3333331174e-1
+    x2 = x * x
+    y = y * x * x2 + e * -2.12194440e-4 - x2 * 0.5
+    log = x + y + e * 0.693359375
+    radius = tl.sqrt_rn(tl.maximum(log * -2.0, 0.0))
+    k = (wb >> 8).to(tl.int32)
+    quadrant = (k + (1 << 21)) >> 22
+    t = (k - (quadrant << 22)).to(tl.float32) * _ANGLE
+    t2 = t * t
+    sin = ((t2 * -1.9515295891e-4 + 8.3321608736e-3) * t2 + -1.6666654611e-1) * t2 * t + t
+    cos = ((t2 * 2.443315711809948e-5 + -1.388731625493765e-3) * t2 + 4.166664568298827e-2) * t2 * t2 - t2 * 0.5 + 1.0
+    odd = (quadrant & 1) != 0
+    c = tl.where(odd, sin, cos)
+    s = tl.where(odd, cos, sin)
+    c = tl.where(((quadrant + 1) & 2) != 0, -c, c)
+    s = tl.where((quadrant & 2) != 0, -s, s)
+    return radius * c, radius * s
+
+
+@triton.jit(do_not_specialize=["width", "scale", "k0", "k1", "c2", "c3"])
+def add_normals(out_ptr, base_ptr, starts_ptr, width, scale, k0, k1, c2, c3, BLOCKS: tl.constexpr):
+    """out[r, i] = base[r, i] + scale * z(start[r] + i); program (group, row)."""
+    row = tl.program_id(1).to(tl.int64)
+    start = tl.load(starts_ptr + row)
+    block = start // 4 + tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+    zeros = tl.zeros([BLOCKS], dtype=tl.uint32)
+    w0, w1, w2, w3 = _philox(
+        block, zeros + k0.to(tl.uint32), zeros + k1.to(tl.uint32), zeros + c2.to(tl.uint32), zeros + c3.to(tl.uint32)
+    )
+    z0, z1 = _box_muller(w0, w1)
+    z2, z3 = _box_muller(w2, w3)
+    z = tl.interleave(tl.interleave(z0, z2), tl.interleave(z1, z3))
+    first = (start // 4 + tl.program_id(0).to(tl.int64) * BLOCKS) * 4 - start
+    i = first + tl.arange(0, 4 * BLOCKS)
+    inside = (i >= 0) & (i < width)
+    base = tl.load(base_ptr + row * width + i, mask=inside).to(tl.float32)
+    value = base + scale.to(tl.float32) * z
+    tl.store(out_ptr + row * width + i, value.to(out_ptr.dtype.element_ty), mask=inside)

@@ -1,0 +1,46 @@
+"""Philox and Box-Muller for GPUs in Triton: one pass that reads `base` and writes `base + scale · z`.
+
+Fusing multiplication and addition is switched off and the square root is the correctly rounded one: the bits are
+those of `mezo.philox`. With `MEZO_PLAIN_KERNELS=1` in the environment the reference is used instead.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+_BLOCKS_PER_PROGRAM = 256
+
+
+@functools.cache
+def enabled() -> bool:
+    """Whether the Triton kernels are used in this process."""
+    return os.environ.get("MEZO_PLAIN_KERNELS", "0") == "0" and importlib.util.find_spec("triton") is not None
+
+
+def add_normals(out_RW: Tensor, base_RW: Tensor, scale: float, seed: int, stream: int, starts_R: Tensor) -> Tensor:
+    """Writes `base + scale · z`, computed in float32, into `out` (contiguous, may be `base`) and returns it."""
+    num_rows, width = out_RW.shape
+    if out_RW.numel():
+        groups = ((width + 3) // 4 + _BLOCKS_PER_PROGRAM) // _BLOCKS_PER_PROGRAM
+        key = (seed & 0xFFFFFFFF, seed >> 32, stream & 0xFFFFFFFF, stream >> 32)
+        with torch.cuda.device(out_RW.device):
+            _kernels().add_normals[(groups, num_rows)](
+                out_RW, base_RW, starts_R, width, scale, *key, BLOCKS=_BLOCKS_PER_PROGRAM, enable_fp_fusion=False
+            )
+    return out_RW
+
+
+@functools.cache
+def _kernels() -> ModuleType:
+    from mezo.kernels import _gpu_triton
+
+    return _gpu_triton
