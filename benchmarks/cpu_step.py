@@ -37,7 +37,7 @@ def demo_model() -> str:
 
 def make_engine(folder: str) -> TorchEngine:
     config = MeZOConfig(model_name_or_path=folder, use_cpu=True)
-    model = load_model(config, "sequence_classification", ["0", "1"])
+    model = load_model(config, "sequence_classification", ["0", "1"]).model
     return TorchEngine(model, load_tokenizer(config))
 
 

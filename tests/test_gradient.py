@@ -21,7 +21,7 @@ def engine_and_examples(folder, name, **options):
     )
     model_config, tokenizer = load_model_config(config), load_tokenizer(config)
     encoder = make_encoder(SENTIMENT_ROWS, config, model_config, tokenizer, encoder_model=is_encoder(model_config))
-    model = load_model(config, encoder.kind, encoder.labels).requires_grad_(True)
+    model = load_model(config, encoder.kind, encoder.labels).model.requires_grad_(True)
     return make_engine(config, model, tokenizer), encoder(SENTIMENT_ROWS[:16])
 
 

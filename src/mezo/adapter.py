@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, PrefixTuningConfig, TaskType, get_peft_model
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from mezo import philox
 from mezo.config import MeZOConfig
@@ -23,10 +25,13 @@ _TASK_TYPES = {
 _QUERY_VALUE_NAMES = (("q_proj", "v_proj"), ("query", "value"), ("q_lin", "v_lin"), ("query_key_value",), ("c_attn",))
 
 
-def add_adapter(model: PreTrainedModel, config: MeZOConfig, kind: str) -> PeftModel:
-    """Wraps `model` (not to be used afterwards) with the adapter that the config describes, at its initial values."""
+def add_adapter(model: PreTrainedModel, config: MeZOConfig, kind: str, fresh_modules: Sequence[str] = ()) -> PeftModel:
+    """Wraps `model` (not to be used afterwards) with the adapter that the config describes, at its initial values.
+
+    `fresh_modules`, which the base checkpoint has no weights for, are trained and saved with the adapter.
+    """
     if config.peft_type == "lora":
-        adapted = get_peft_model(model, _lora_config(model, config, kind))
+        adapted = get_peft_model(model, _lora_config(model, config, kind, fresh_modules))
         _initialise_lora(adapted, config.seed)
         return adapted.eval()
     prefix_V = _real_activations(model, config)
@@ -48,12 +53,16 @@ def canonical_name(parameter_name: str) -> str:
     return parameter_name.replace(".modules_to_save.default.", ".").replace(".default.", ".")
 
 
-def _lora_config(model: PreTrainedModel, config: MeZOConfig, kind: str) -> PeftConfig:
+def _lora_config(model: PreTrainedModel, config: MeZOConfig, kind: str, fresh_modules: Sequence[str]) -> PeftConfig:
+    targets = target_modules(model, config.lora_target_modules)
     return LoraConfig(
         task_type=_TASK_TYPES[kind],
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
-        target_modules=target_modules(model, config.lora_target_modules),
+        target_modules=targets,
+        # PEFT adds the classification head by itself.
+        modules_to_save=[m for m in fresh_modules if m.split(".")[0] not in ("classifier", "score")] or None,
+        fan_in_fan_out=any(isinstance(m, Conv1D) for name, m in model.named_modules() if name.endswith(tuple(targets))),
     )
 
 

@@ -153,10 +153,10 @@ def make_engine(
 
 def _trainable_model(config: MeZOConfig, kind: str, labels: Sequence[str]) -> tuple[PreTrainedModel | PeftModel, str]:
     """The model at its initial values, adapter included, and the base's digest."""
-    model = load_model(config, kind, labels)
+    model, fresh_modules = load_model(config, kind, labels)
     model_digest = tensors_digest(model.state_dict())
     if config.use_peft:
-        return add_adapter(model, config, kind), model_digest
+        return add_adapter(model, config, kind, fresh_modules), model_digest
     return model.requires_grad_(True), model_digest
 
 
@@ -238,7 +238,7 @@ def eval_model(config: MeZOConfig, adapter: str | Path | None = None, dataset: T
         list(rows), config, model_config, tokenizer, encoder_model=is_encoder(model_config), labels=labels
     )
     examples = encoder(list(rows))
-    model: PreTrainedModel | PeftModel = load_model(config, encoder.kind, encoder.labels)
+    model: PreTrainedModel | PeftModel = load_model(config, encoder.kind, encoder.labels).model
     if adapter is not None:
         model = load_adapter(model, adapter)
     return evaluate(make_engine(config, model, tokenizer), examples)
@@ -286,7 +286,9 @@ def merge(adapter: str | Path, output_dir: str | Path, *, model_name_or_path: st
         contents = journal.read(journal_path)
         labels = contents.header["labels"]  # type: ignore[assignment]
         config = dataclasses.replace(config, dtype=journal_config(contents).dtype)
-    merged = load_adapter(load_model(config, kinds[str(peft_config.task_type)], labels), adapter).merge_and_unload()
+    merged = load_adapter(
+        load_model(config, kinds[str(peft_config.task_type)], labels).model, adapter
+    ).merge_and_unload()
     tokenizer = load_tokenizer(config)
 
     def write(folder: Path) -> None:

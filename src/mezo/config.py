@@ -124,6 +124,9 @@ class MeZOConfig:
     disable_tqdm: bool = False
 
     def __post_init__(self) -> None:
+        if self.label_words is not None:
+            words = {label_key(key): str(word) for key, word in self.label_words.items()}
+            object.__setattr__(self, "label_words", words)
         for name in ("learning_rate", "epsilon", "lora_alpha"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
@@ -172,7 +175,7 @@ def coerced(name: str, value: object, hint: object) -> Any:
             return value
         raise UserError(f"{name} must be one of {', '.join(map(str, get_args(wanted)))}, got {value!r}")
     if get_origin(wanted) is dict and isinstance(value, Mapping):
-        return {str(key): str(word) for key, word in value.items()}
+        return {label_key(key): str(word) for key, word in value.items()}
     if get_origin(wanted) is list and isinstance(value, Sequence) and not isinstance(value, str):
         return [str(entry) for entry in value]
     if wanted is float and not isinstance(value, bool):
@@ -204,6 +207,11 @@ _COUNTS = (
     "lora_r", "num_virtual_tokens", "logging_steps", "eval_steps", "save_steps", "save_total_limit", "max_length",
     "max_train_samples", "max_eval_samples",
 )  # fmt: skip
+
+
+def label_key(value: object) -> str:
+    """The name under which a label value appears in `label_words`: 1, 1.0 and "1" are "1", True is "True"."""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
 def unknown_key_message(key: str, valid: list[str]) -> str:

@@ -16,7 +16,7 @@ from mezo.config import MeZOConfig
 from mezo.errors import UserError
 
 Row = dict[str, object]
-TrainData: TypeAlias = "str | Path | Sequence[Row] | Dataset"
+TrainData: TypeAlias = "str | Path | Sequence[Row] | Dataset | DatasetDict"
 
 _BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 
@@ -67,7 +67,9 @@ def load_rows(source: TrainData, dataset_config: str | None, *splits: str) -> Da
     """
     if isinstance(source, IterableDataset):
         raise UserError("streaming data sets cannot be shuffled by seed; pass a datasets.Dataset")
-    if isinstance(source, Dataset):
+    if isinstance(source, DatasetDict):
+        rows = _split(source, splits, "the DatasetDict")
+    elif isinstance(source, Dataset):
         rows = source
     elif isinstance(source, (str, Path)):
         rows = _load_named(str(source), dataset_config, splits)
@@ -93,11 +95,14 @@ def _load_named(name: str, dataset_config: str | None, splits: Sequence[str]) ->
         found = load_dataset(name, dataset_config)
     except (DatasetsError, OSError, ValueError) as error:
         raise UserError(f"dataset_name {name!r}: {str(error).strip().splitlines()[0]}") from None
-    assert isinstance(found, DatasetDict)
+    return _split(found, splits, repr(name))
+
+
+def _split(found: DatasetDict, splits: Sequence[str], name: str) -> Dataset:
     for split in splits:
         if split in found:
             return found[split]
-    raise UserError(f"{name!r} has no split {splits[0]!r}; it has {', '.join(found)}")
+    raise UserError(f"{name} has no split {splits[0]!r}; it has {', '.join(found)}")
 
 
 def _builder(path: Path) -> str | None:

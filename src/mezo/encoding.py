@@ -10,7 +10,7 @@ from typing import Literal
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from mezo.config import MeZOConfig
+from mezo.config import MeZOConfig, label_key
 from mezo.data import Row
 from mezo.errors import UserError
 from mezo.objective import Example, Target, TokenSequence
@@ -19,6 +19,11 @@ logger = logging.getLogger(__name__)
 
 ModelKind = Literal["causal_lm", "masked_lm", "sequence_classification"]
 _MASK = "[MASK]"
+# Encoders whose position embeddings start behind the padding token's.
+_POSITIONS_AFTER_PADDING = frozenset(
+    "roberta xlm-roberta xlm-roberta-xl roberta-prelayernorm camembert mpnet data2vec-text xmod ibert luke longformer "
+    "esm".split()
+)
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,7 @@ class _Tokens:
         """Prompt and answer; the answer's tokens are the targets. Too long: the prompt loses its start."""
         ids = self.ids(prompt + answer)
         start = _common_prefix(self.ids(prompt), ids)
-        if end and self.tokenizer.eos_token_id is not None:
+        if end and self.tokenizer.eos_token_id not in (None, *ids[-1:]):
             ids.append(self.tokenizer.eos_token_id)
         if start == len(ids):
             raise UserError(f"the answer {answer!r} has no tokens")
@@ -140,19 +145,14 @@ def context_length(config: MeZOConfig, model_config: PretrainedConfig, tokenizer
     """Longest input the model takes, or `max_length` if that is shorter."""
     positions = getattr(model_config, "max_position_embeddings", None) or getattr(model_config, "n_positions", None)
     limit = positions or 1 << 30
-    if model_config.model_type in ("roberta", "xlm-roberta", "camembert"):
-        limit -= model_config.pad_token_id + 1  # their positions start behind the padding token's
+    if model_config.model_type in _POSITIONS_AFTER_PADDING:
+        limit -= model_config.pad_token_id + 1
     limit = min(limit, tokenizer.model_max_length)
     if config.use_peft and config.peft_type == "prefix_tuning":
         limit -= config.num_virtual_tokens
     if config.max_length is not None and config.max_length > limit:
         raise UserError(f"max_length {config.max_length} is more than the model's context of {limit} tokens")
     return config.max_length or limit
-
-
-def label_key(value: object) -> str:
-    """The name under which a label value appears in `label_words`: 1, 1.0 and "1" are "1", True is "True"."""
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
 # --- encoders -------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import numpy as np
 from numba import float32, int32, int64, uint32, uint64
 
 GROUP = 64
+PIECE = 128  # groups that one thread takes at a time: 32,768 elements
 _ANGLE = np.float32(2 * math.pi / (1 << 24))
 _f = np.float32
 
@@ -97,25 +98,42 @@ def _add_group(out, base, scale, offset, z0, z1, z2, z3):  # type: ignore[no-unt
             out[i + 3] = base[i + 3] + scale * z3[j]
 
 
+@nb.njit(inline="always")
+def _add_pieces(first_piece, last_piece, out_RW, base_RW, scale, starts_R, k0, k1, c2, c3):  # type: ignore[no-untyped-def]
+    """Pieces of PIECE groups each, counted over the groups of all rows."""
+    num_rows, width = out_RW.shape
+    groups_per_row = _groups_per_row(width)
+    w0, w1, w2, w3 = (np.empty(GROUP, np.uint32), np.empty(GROUP, np.uint32),
+                      np.empty(GROUP, np.uint32), np.empty(GROUP, np.uint32))  # fmt: skip
+    z0, z1, z2, z3 = (np.empty(GROUP, np.float32), np.empty(GROUP, np.float32),
+                      np.empty(GROUP, np.float32), np.empty(GROUP, np.float32))  # fmt: skip
+    mantissa = np.empty(GROUP, np.float32)
+    bits = mantissa.view(np.int32)
+    for task in range(first_piece * PIECE, min(num_rows * groups_per_row, last_piece * PIECE)):
+        row, group = task // groups_per_row, task % groups_per_row
+        first_block = starts_R[row] // 4 + group * GROUP
+        _philox(first_block, k0, k1, c2, c3, w0, w1, w2, w3)
+        _box_muller(w0, w1, z0, z1, mantissa, bits)
+        _box_muller(w2, w3, z2, z3, mantissa, bits)
+        offset = int64(4 * first_block - starts_R[row])
+        _add_group(out_RW[row], base_RW[row], scale, offset, z0, z1, z2, z3)
+
+
+@nb.njit(inline="always")
+def _groups_per_row(width):  # type: ignore[no-untyped-def]
+    return (width + 3 + 4 * GROUP - 1) // (4 * GROUP)
+
+
+@nb.njit(cache=True, nogil=True)
+def add_normals_serial(out_RW, base_RW, scale, starts_R, k0, k1, c2, c3):  # type: ignore[no-untyped-def]
+    """out[r, i] = base[r, i] + scale * z(start[r] + i); `out` may be `base`."""
+    num_pieces = (out_RW.shape[0] * _groups_per_row(out_RW.shape[1]) + PIECE - 1) // PIECE
+    _add_pieces(0, num_pieces, out_RW, base_RW, scale, starts_R, k0, k1, c2, c3)
+
+
 @nb.njit(parallel=True, cache=True, nogil=True)
 def add_normals(out_RW, base_RW, scale, starts_R, k0, k1, c2, c3):  # type: ignore[no-untyped-def]
-    """out[r, i] = base[r, i] + scale * z(start[r] + i); `out` may be `base`."""
-    num_rows, width = out_RW.shape
-    groups_per_row = (width + 3 + 4 * GROUP - 1) // (4 * GROUP)
-    num_tasks = num_rows * groups_per_row
-    tasks_per_piece = 256
-    for piece in nb.prange((num_tasks + tasks_per_piece - 1) // tasks_per_piece):
-        w0, w1, w2, w3 = (np.empty(GROUP, np.uint32), np.empty(GROUP, np.uint32),
-                          np.empty(GROUP, np.uint32), np.empty(GROUP, np.uint32))  # fmt: skip
-        z0, z1, z2, z3 = (np.empty(GROUP, np.float32), np.empty(GROUP, np.float32),
-                          np.empty(GROUP, np.float32), np.empty(GROUP, np.float32))  # fmt: skip
-        mantissa = np.empty(GROUP, np.float32)
-        bits = mantissa.view(np.int32)
-        for task in range(piece * tasks_per_piece, min(num_tasks, (piece + 1) * tasks_per_piece)):
-            row, group = task // groups_per_row, task % groups_per_row
-            first_block = starts_R[row] // 4 + group * GROUP
-            _philox(first_block, k0, k1, c2, c3, w0, w1, w2, w3)
-            _box_muller(w0, w1, z0, z1, mantissa, bits)
-            _box_muller(w2, w3, z2, z3, mantissa, bits)
-            offset = int64(4 * first_block - starts_R[row])
-            _add_group(out_RW[row], base_RW[row], scale, offset, z0, z1, z2, z3)
+    """`add_normals_serial` on all threads."""
+    num_pieces = (out_RW.shape[0] * _groups_per_row(out_RW.shape[1]) + PIECE - 1) // PIECE
+    for piece in nb.prange(num_pieces):
+        _add_pieces(piece, piece + 1, out_RW, base_RW, scale, starts_R, k0, k1, c2, c3)

@@ -13,6 +13,9 @@ from collections.abc import Callable
 import numpy as np
 from torch import Tensor
 
+# Elements that one thread fills in the time it takes to wake the others.
+_SERIAL_UP_TO = 1 << 15
+
 
 @functools.cache
 def enabled() -> bool:
@@ -24,13 +27,15 @@ def add_normals(out_RW: Tensor, base_RW: Tensor, scale: float, seed: int, stream
     """Writes `base + scale · z` into `out` (float32, contiguous; may be `base`) and returns it."""
     if out_RW.numel():
         key = (seed & 0xFFFFFFFF, seed >> 32, stream & 0xFFFFFFFF, stream >> 32)
-        _compiled()(out_RW.numpy(), base_RW.numpy(), np.float32(scale), starts_R.numpy(), *key)
+        _compiled(out_RW.numel() > _SERIAL_UP_TO)(
+            out_RW.numpy(), base_RW.numpy(), np.float32(scale), starts_R.numpy(), *key
+        )
     return out_RW
 
 
 @functools.cache
-def _compiled() -> Callable[..., None]:
+def _compiled(parallel: bool) -> Callable[..., None]:
     from mezo.kernels import _cpu_numba
 
-    kernel: Callable[..., None] = _cpu_numba.add_normals
+    kernel: Callable[..., None] = _cpu_numba.add_normals if parallel else _cpu_numba.add_normals_serial
     return kernel

@@ -161,6 +161,7 @@ class TorchEngine:
             logits = self.model(input_ids=batch.input_ids_RS, attention_mask=batch.attention_mask_RS).logits
         if isinstance(perturbed, PerturbedForward) and not self._checked_reads:
             self._report_unread(perturbed.read_names)
+        assert logits.ndim == 2 or logits.shape[:2] == (1, len(batch.row_Q)), "the head did not see the selected states"
         logits_QV = (logits[batch.row_Q] if logits.ndim == 2 else logits[0]).float()
         logprobs_T = logits_QV[batch.query_T, batch.token_T] - logits_QV.logsumexp(dim=1)[batch.query_T]
         best_T = logits_QV.argmax(dim=1)[batch.query_T] if greedy else torch.zeros_like(batch.token_T)
@@ -184,12 +185,10 @@ class _LastHidden:
         self._batch = batch
 
     def __enter__(self) -> None:
-        base = self._model.base_model
-        assert base is not self._model, "a head without a base model"
-        if type(self._model).__name__.endswith("ForSequenceClassification"):
-            self._handle = None
-        else:
-            self._handle = base.register_forward_hook(self._select)
+        self._handle = None
+        if not type(self._model).__name__.endswith("ForSequenceClassification"):
+            # Not `base_model`: some models (OPT) call the decoder inside it.
+            self._handle = self._model.get_decoder().register_forward_hook(self._select)
 
     def __exit__(self, *exception: object) -> None:
         if self._handle is not None:

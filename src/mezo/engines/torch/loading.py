@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -78,7 +79,14 @@ def load_tokenizer(config: MeZOConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(config: MeZOConfig, kind: str, labels: Sequence[str] = ()) -> PreTrainedModel:
+class LoadedModel(NamedTuple):
+    """A model, and the names of its modules that the checkpoint had no weights for."""
+
+    model: PreTrainedModel
+    fresh_modules: list[str]
+
+
+def load_model(config: MeZOConfig, kind: str, labels: Sequence[str] = ()) -> LoadedModel:
     """The base model in eval mode on its device.
 
     Args:
@@ -111,7 +119,8 @@ def load_model(config: MeZOConfig, kind: str, labels: Sequence[str] = ()) -> Pre
             "has no language-model head. On an encoder, leave label_words out to train a classification head."
         )
     _initialise(model, fresh, config.seed)
-    return model.eval().requires_grad_(False).to(device)
+    fresh_modules = sorted({name.rpartition(".")[0] for name in fresh})
+    return LoadedModel(model.eval().requires_grad_(False).to(device), fresh_modules)
 
 
 def _initialise(model: PreTrainedModel, names: set[str], seed: int) -> None:
