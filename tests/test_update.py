@@ -45,6 +45,17 @@ def test_update_is_sgd_along_all_directions_with_decoupled_decay():
         assert torch.allclose(value.double(), expected, rtol=0, atol=1e-6)  # four float32 roundings near 1
 
 
+def test_a_width_widens_z_and_multiplies_the_learning_rate_by_its_square():
+    """projected_grad is given here, so the update grows by the width; through the losses it grows by it once more."""
+    weight, head = torch.zeros(50), torch.zeros(50)
+    space = ParameterSpace({"w": weight, "head": head}, widths={"head": 7.0})
+    r = record(0, 0.5, 0.1)
+    space.update([r], 0.0)
+    assert torch.allclose(weight, -0.05 * z(r.seed, "w", 50), rtol=1e-6)
+    assert torch.allclose(head, -0.35 * z(r.seed, "head", 50), rtol=1e-6)
+    assert space.scale("head", r.seed) == 7.0
+
+
 def test_normalised_directions_have_unit_norm_per_tensor():
     weight = torch.zeros(300, 7)
     space = ParameterSpace({"w": weight}, normalize_perturbations=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from mezo.adapter import add_adapter
 from mezo.config import MeZOConfig, looks_like_wrong_rate
 from mezo.data import Row, TrainData, load_eval_rows, load_rows, load_splits
 from mezo.encoding import Encoder, make_encoder
-from mezo.engines.torch.engine import TorchEngine
+from mezo.engines.torch.engine import TorchEngine, trained_parameters
 from mezo.engines.torch.loading import is_encoder, load_model, load_model_config, load_tokenizer
 from mezo.engines.torch.space import tensors_digest
 from mezo.errors import JournalError, UserError
@@ -91,7 +92,7 @@ def mezo_finetune(
 
 
 class Parts(NamedTuple):
-    """An engine and what belongs to its model."""
+    """An engine at its initial weights, and the hash of its base model."""
 
     engine: TorchEngine
     model_digest: str
@@ -114,8 +115,7 @@ def build_trainer(
     encoder = make_encoder(train_rows, config, model_config, tokenizer, encoder_model=is_encoder(model_config))
     train_examples = encoder(train_rows)
     eval_examples = _encode_evaluation(encoder, splits.train, splits.evaluation)
-    model, model_digest = _trainable_model(config, encoder.kind, encoder.labels)
-    engine = make_engine(config, model, tokenizer)
+    engine, model_digest = _trainable_engine(config, encoder.kind, encoder.labels, tokenizer)
     header = make_header(
         config,
         objective=encoder.name,
@@ -138,26 +138,40 @@ def _encode_evaluation(encoder: Encoder, train: Dataset, evaluation: Dataset | N
 
 
 def make_engine(
-    config: MeZOConfig, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase
+    config: MeZOConfig,
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    fresh_modules: Sequence[str] = (),
 ) -> TorchEngine:
-    """The engine of a config around a loaded model."""
+    """The engine of a config around a loaded model; `fresh_modules` are those with a `head_learning_rate`."""
+    widths: dict[str, float] = {}
+    if config.head_learning_rate is not None:
+        width = math.sqrt(config.head_learning_rate / config.learning_rate)
+        for name in trained_parameters(model):
+            if name.removeprefix("base_model.model.").rpartition(".")[0] in fresh_modules:
+                widths[name] = width
+        if not widths:
+            raise UserError("head_learning_rate is given, but the model has no fresh classification head")
     return TorchEngine(
         model,
         tokenizer,
         normalize_perturbations=config.normalize_perturbations,
+        widths=widths,
         weight_decay=config.weight_decay,
         train_batch_size=config.per_device_train_batch_size,
         eval_batch_size=config.per_device_eval_batch_size,
     )
 
 
-def _trainable_model(config: MeZOConfig, kind: str, labels: Sequence[str]) -> tuple[PreTrainedModel | PeftModel, str]:
-    """The model at its initial values, adapter included, and the base's digest."""
-    model, fresh_modules = load_model(config, kind, labels)
-    model_digest = tensors_digest(model.state_dict())
-    if config.use_peft:
-        return add_adapter(model, config, kind, fresh_modules), model_digest
-    return model.requires_grad_(True), model_digest
+def _trainable_engine(
+    config: MeZOConfig, kind: str, labels: Sequence[str], tokenizer: PreTrainedTokenizerBase
+) -> Parts:
+    """The model at its initial values, adapter included, in an engine."""
+    base, fresh_modules = load_model(config, kind, labels)
+    model_digest = tensors_digest(base.state_dict())
+    base.requires_grad_(not config.use_peft)
+    model = add_adapter(base, config, kind, fresh_modules) if config.use_peft else base
+    return Parts(make_engine(config, model, tokenizer, fresh_modules), model_digest)
 
 
 def replay(
@@ -184,8 +198,8 @@ def replay(
     if Path(output_dir).exists():
         raise UserError(f"output_dir {str(output_dir)!r} exists already")
     header = contents.header
-    model, model_digest = _trainable_model(config, str(header["kind"]), header["labels"])  # type: ignore[arg-type]
-    engine = make_engine(config, model, load_tokenizer(config))
+    labels: list[str] = header["labels"]  # type: ignore[assignment]
+    engine, model_digest = _trainable_engine(config, str(header["kind"]), labels, load_tokenizer(config))
     for key, present in (("model_digest", model_digest), ("initial_digest", engine.digest())):
         if header[key] != present:
             raise JournalError(f"{config.model_name_or_path!r} is not the model of this journal: {key} differs")

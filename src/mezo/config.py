@@ -50,6 +50,8 @@ class MeZOConfig:
         gradient_accumulation_steps: Batches of that size in a step.
         per_device_eval_batch_size: Examples in a forward pass of the evaluation.
         learning_rate: Constant learning rate of SGD.
+        head_learning_rate: Learning rate of a fresh classification head; learning_rate if not given. z of the head is
+            drawn wider by the square root of their ratio, so that one projected_grad serves both.
         weight_decay: Decoupled weight decay; biases and norms are skipped.
         epsilon: Half the distance between the two evaluations, in units of z.
         normalize_perturbations: Scale z of each tensor to unit norm. The learning rate must grow by about ‖z‖², that
@@ -104,6 +106,7 @@ class MeZOConfig:
     gradient_accumulation_steps: int = 1
     per_device_eval_batch_size: int = 64
     learning_rate: float = 1e-6
+    head_learning_rate: float | None = None
     weight_decay: float = 0.0
     epsilon: float = 1e-3
     normalize_perturbations: bool = False
@@ -127,9 +130,9 @@ class MeZOConfig:
         if self.label_words is not None:
             words = {label_key(key): str(word) for key, word in self.label_words.items()}
             object.__setattr__(self, "label_words", words)
-        for name in ("learning_rate", "epsilon", "lora_alpha"):
+        for name in ("learning_rate", "head_learning_rate", "epsilon", "lora_alpha"):
             value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
+            if value is not None and not (math.isfinite(value) and value > 0):
                 raise UserError(f"{name} must be a positive number, got {value}")
         for name in _COUNTS:
             value = getattr(self, name)

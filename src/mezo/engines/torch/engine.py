@@ -7,7 +7,7 @@ V vocabulary or classes, Q positions whose logits are read, T targets, N example
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,6 +66,7 @@ class TorchEngine:
             classification head. Its trained parameters are those of `trained_parameters`.
         tokenizer: saved beside the weights; its padding token fills rows.
         normalize_perturbations: see `ParameterSpace`.
+        widths: see `ParameterSpace`.
         weight_decay: decoupled weight decay of `update`.
         train_batch_size: examples in one forward pass of `losses`.
         eval_batch_size: examples in one forward pass of `score`.
@@ -77,13 +78,14 @@ class TorchEngine:
         tokenizer: PreTrainedTokenizerBase,
         *,
         normalize_perturbations: bool = False,
+        widths: Mapping[str, float] | None = None,
         weight_decay: float = 0.0,
         train_batch_size: int = 64,
         eval_batch_size: int = 64,
     ):
         self._model = model
         self._tokenizer = tokenizer
-        self.space = ParameterSpace(trained_parameters(model), normalize_perturbations)
+        self.space = ParameterSpace(trained_parameters(model), normalize_perturbations, widths or {})
         self.weight_decay = weight_decay
         self.train_batch_size = train_batch_size
         self.eval_batch_size = eval_batch_size
@@ -204,6 +206,4 @@ def trained_parameters(model: PreTrainedModel | PeftModel) -> dict[str, Tensor]:
     """Parameters to train by canonical name: those of the adapter, or all of a bare model."""
     if not isinstance(model, PeftModel):
         return {name: p for name, p in model.named_parameters() if p.is_floating_point()}
-    trained = {canonical_name(name): p for name, p in model.named_parameters() if p.requires_grad}
-    model.requires_grad_(False)
-    return trained
+    return {canonical_name(name): p for name, p in model.named_parameters() if p.requires_grad}

@@ -23,11 +23,14 @@ class ParameterSpace:
     """Trained parameters by canonical name, and the distribution of directions in them.
 
     The canonical name is the parameter's name in the saved model or adapter, so it does not depend on the engine.
-    `parameters` holds each tied weight once. With `normalize_perturbations`, z of each tensor has unit norm.
+    `parameters` holds each tied weight once. With `normalize_perturbations`, z of each tensor has unit norm. `widths`
+    holds the standard deviation of z where it is not 1: both projected_grad and z grow with it, so a width of s is a
+    learning rate larger by s² for that tensor.
     """
 
     parameters: Mapping[str, Tensor]
     normalize_perturbations: bool = False
+    widths: Mapping[str, float] = field(default_factory=dict)
     # Norms of the last direction only: both probes of a step and its update ask for the same seed.
     _norms: dict[int, dict[str, float]] = field(default_factory=dict, repr=False, compare=False)
 
@@ -44,16 +47,17 @@ class ParameterSpace:
         return tensors_digest(self.parameters)
 
     def scale(self, name: str, seed: int) -> float:
-        """What multiplies z of this tensor: 1, or 1 / ‖z‖ with `normalize_perturbations`."""
+        """What multiplies z of this tensor: its width, over ‖z‖ with `normalize_perturbations`."""
+        width = self.widths.get(name, 1.0)
         if not self.normalize_perturbations:
-            return 1.0
+            return width
         if seed not in self._norms:
             self._norms.clear()
             self._norms[seed] = {}
         norms = self._norms[seed]
         if name not in norms:
             norms[name] = direction_norm(seed, name, self.parameters[name].numel(), self.parameters[name].device)
-        return 1.0 / norms[name]
+        return width / norms[name]
 
     def update(self, records: Sequence[Record], weight_decay: float) -> None:
         """θ ← (1 − lr · weight_decay) θ − lr · Σ coefficient · z for one step's records, one per direction.
