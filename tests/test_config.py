@@ -96,8 +96,7 @@ def test_head_learning_rate_widens_z_of_the_fresh_head_only(use_peft, model_fold
     config = MeZOConfig(model_name_or_path=model_folder("bert"), output_dir=str(tmp_path), **options)
     space = build_trainer(config, SENTIMENT_ROWS).engine.space
     widened = {name.removeprefix("base_model.model.") for name in space.widths}
-    # The tiny checkpoint is a masked language model, so the pooler is fresh too.
-    assert widened == {"classifier.weight", "classifier.bias", "bert.pooler.dense.weight", "bert.pooler.dense.bias"}
+    assert widened == {"classifier.weight", "classifier.bias"}
     assert set(space.widths.values()) == {10.0}
     words = {"template": "{text} it was [MASK] .", "label_words": {"0": "bad", "1": "good"}}
     with pytest.raises(UserError, match="head_learning_rate"):

@@ -25,14 +25,24 @@ _TASK_TYPES = {
 _QUERY_VALUE_NAMES = (("q_proj", "v_proj"), ("query", "value"), ("q_lin", "v_lin"), ("query_key_value",), ("c_attn",))
 
 
-def add_adapter(model: PreTrainedModel, config: MeZOConfig, kind: str, fresh_modules: Sequence[str] = ()) -> PeftModel:
+def add_adapter(
+    model: PreTrainedModel,
+    config: MeZOConfig,
+    kind: str,
+    fresh_modules: Sequence[str] = (),
+    centred_module: str | None = None,
+) -> PeftModel:
     """Wraps `model` (not to be used afterwards) with the adapter that the config describes, at its initial values.
 
-    `fresh_modules`, which the base checkpoint has no weights for, are trained and saved with the adapter.
+    `fresh_modules`, which the base checkpoint has no weights for, are trained and saved with the adapter;
+    `centred_module`, which differs from the checkpoint's, is saved with it.
     """
     if config.peft_type == "lora":
-        adapted = get_peft_model(model, _lora_config(model, config, kind, fresh_modules))
+        saved_modules = [*fresh_modules, *([] if centred_module is None else [centred_module])]
+        adapted = get_peft_model(model, _lora_config(model, config, kind, saved_modules))
         _initialise_lora(adapted, config.seed)
+        if centred_module is not None:
+            adapted.get_submodule(f"base_model.model.{centred_module}").requires_grad_(False)
         return adapted.eval()
     prefix_V = _real_activations(model, config)
     try:
@@ -53,7 +63,7 @@ def canonical_name(parameter_name: str) -> str:
     return parameter_name.replace(".modules_to_save.default.", ".").replace(".default.", ".")
 
 
-def _lora_config(model: PreTrainedModel, config: MeZOConfig, kind: str, fresh_modules: Sequence[str]) -> PeftConfig:
+def _lora_config(model: PreTrainedModel, config: MeZOConfig, kind: str, saved_modules: Sequence[str]) -> PeftConfig:
     targets = target_modules(model, config.lora_target_modules)
     return LoraConfig(
         task_type=_TASK_TYPES[kind],
@@ -61,7 +71,7 @@ def _lora_config(model: PreTrainedModel, config: MeZOConfig, kind: str, fresh_mo
         lora_alpha=config.lora_alpha,
         target_modules=targets,
         # PEFT adds the classification head by itself.
-        modules_to_save=[m for m in fresh_modules if m.split(".")[0] not in ("classifier", "score")] or None,
+        modules_to_save=[m for m in saved_modules if m.split(".")[0] not in ("classifier", "score")] or None,
         fan_in_fan_out=any(isinstance(m, Conv1D) for name, m in model.named_modules() if name.endswith(tuple(targets))),
     )
 

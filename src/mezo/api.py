@@ -167,10 +167,10 @@ def _trainable_engine(
     config: MeZOConfig, kind: str, labels: Sequence[str], tokenizer: PreTrainedTokenizerBase
 ) -> Parts:
     """The model at its initial values, adapter included, in an engine."""
-    base, fresh_modules = load_model(config, kind, labels)
+    base, fresh_modules, centred_module = load_model(config, kind, labels)
     model_digest = tensors_digest(base.state_dict())
     base.requires_grad_(not config.use_peft)
-    model = add_adapter(base, config, kind, fresh_modules) if config.use_peft else base
+    model = add_adapter(base, config, kind, fresh_modules, centred_module) if config.use_peft else base
     return Parts(make_engine(config, model, tokenizer, fresh_modules), model_digest)
 
 

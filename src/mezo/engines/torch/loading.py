@@ -80,10 +80,11 @@ def load_tokenizer(config: MeZOConfig) -> PreTrainedTokenizerBase:
 
 
 class LoadedModel(NamedTuple):
-    """A model, and the names of its modules that the checkpoint had no weights for."""
+    """A model, the names of its modules that the checkpoint had no weights for, and that of a centred pooler."""
 
     model: PreTrainedModel
     fresh_modules: list[str]
+    centred_module: str | None = None
 
 
 def load_model(config: MeZOConfig, kind: str, labels: Sequence[str] = ()) -> LoadedModel:
@@ -92,7 +93,8 @@ def load_model(config: MeZOConfig, kind: str, labels: Sequence[str] = ()) -> Loa
     Args:
         config: names the model, type and device.
         kind: "causal_lm", "masked_lm" or "sequence_classification".
-        labels: class names of a classification head. A head that the checkpoint lacks is drawn from the seed.
+        labels: class names of a classification head. A head that the checkpoint lacks is drawn from the seed, and the
+            layer that feeds it is centred (see `_centre`) unless `head_init` says otherwise.
     """
     device = device_for(config)
     dtype = config.dtype if config.dtype != "auto" or device.type != "cpu" else "float32"
@@ -120,7 +122,55 @@ def load_model(config: MeZOConfig, kind: str, labels: Sequence[str] = ()) -> Loa
         )
     _initialise(model, fresh, config.seed)
     fresh_modules = sorted({name.rpartition(".")[0] for name in fresh})
-    return LoadedModel(model.eval().requires_grad_(False).to(device), fresh_modules)
+    model = model.eval().requires_grad_(False).to(device)
+    centred = _pooling_layer(model) if fresh and config.head_init == "centered" else None
+    if centred is None:
+        return LoadedModel(model, fresh_modules)
+    _centre(model, model.get_submodule(centred), load_tokenizer(config), config.seed)
+    if centred.startswith("classifier."):
+        return LoadedModel(model, fresh_modules)
+    return LoadedModel(model, [name for name in fresh_modules if name != centred], centred)
+
+
+def _pooling_layer(model: PreTrainedModel) -> str | None:
+    """Name of the square layer whose tanh a BERT-like classifier reads: BERT's pooler, the dense layer of RoBERTa's head."""
+    for name in (f"{model.base_model_prefix}.pooler.dense", "classifier.dense"):
+        try:
+            layer = model.get_submodule(name)
+        except AttributeError:
+            continue
+        if isinstance(layer, torch.nn.Linear) and layer.in_features == layer.out_features and layer.bias is not None:
+            return name
+    return None
+
+
+@torch.no_grad()
+def _centre(
+    model: PreTrainedModel, layer: torch.nn.Linear, tokenizer: PreTrainedTokenizerBase, seed: int, count: int = 64
+) -> None:
+    """Makes `layer` h − h̄, h̄ being the mean of its inputs over `count` sequences of random tokens.
+
+    Hidden states of encoders share a large mean, which says nothing of the input. A random direction of the classifier
+    moves all logits along it, so the mean drowns the part of projected_grad that the classes differ in. A pooler that
+    comes with the checkpoint is replaced too: it was trained for another task, or, in sentence encoders, not at all
+    (arXiv 2006.05987 finds that drawing it anew helps).
+    """
+    length = 16
+    stream = philox.stream_id("initialisation", "centring tokens")
+    u_N = philox.uniforms(seed, stream, 0, count * length, torch.device("cpu"))
+    ids_RS = (u_N * model.config.vocab_size).long().view(count, length)
+    if tokenizer.cls_token_id is not None:
+        ids_RS[:, 0] = tokenizer.cls_token_id
+    if tokenizer.sep_token_id is not None:
+        ids_RS[:, -1] = tokenizer.sep_token_id
+    inputs: list[torch.Tensor] = []
+    handle = layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    try:
+        model(input_ids=ids_RS.to(model.device), attention_mask=torch.ones_like(ids_RS).to(model.device))
+    finally:
+        handle.remove()
+    layer.weight.copy_(torch.eye(layer.in_features))
+    layer.bias.copy_(-torch.cat(inputs).float().mean(dim=0))
 
 
 def _initialise(model: PreTrainedModel, names: set[str], seed: int) -> None:
