@@ -1,10 +1,13 @@
 """Every kind of model and adapter against plain transformers and PEFT: losses, perturbed forwards, saved adapters."""
 
 import copy
+import itertools
 import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from peft import PeftModel
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch.nn import functional as F
@@ -21,7 +24,9 @@ from transformers import (
 from mezo import mezo_finetune, philox
 from mezo.api import build_trainer
 from mezo.config import MeZOConfig
+from mezo.engines.torch import engine as engine_module
 from mezo.engines.torch import perturbed as perturbed_module
+from mezo.engines.torch.engine import length_groups
 from mezo.engines.torch.perturbed import PerturbedForward
 from mezo.estimator import Probe
 from mezo.evaluation import evaluate
@@ -454,8 +459,8 @@ def test_lora_starts_at_the_base_model(folder, name, task):
     with torch.no_grad():
         assert torch.equal(engine.model(**inputs).logits, plain(folder(name), kind_of(name))(**inputs).logits)
     parameters = engine.space.parameters
-    downs = {n: p for n, p in parameters.items() if n.endswith("lora_A.weight")}
-    ups = {n: p for n, p in parameters.items() if n.endswith("lora_B.weight")}
+    downs = {n: p.detach() for n, p in parameters.items() if n.endswith("lora_A.weight")}
+    ups = {n: p.detach() for n, p in parameters.items() if n.endswith("lora_B.weight")}
     assert len(downs) == len(ups) == len(parameters) / 2 == (2 if name == "gpt2" else 4)
     for p in downs.values():
         bound = 1 / math.sqrt(p.shape[1])
@@ -520,3 +525,34 @@ def test_a_prefix_of_an_encoder_starts_as_keys_and_values_of_real_tokens(folder,
     for layer, (keys, values) in enumerate(prefix):
         assert (seen[layer, "key"][0].transpose(0, 1) - keys).abs().max() < LOGIT_TOLERANCE
         assert (seen[layer, "value"][0].transpose(0, 1) - values).abs().max() < LOGIT_TOLERANCE
+
+
+@given(st.lists(st.tuples(st.integers(1, 4), st.integers(1, 60)), min_size=1, max_size=9), st.integers(0, 300))
+def test_length_groups_are_the_cheapest_split_of_the_sorted_rows(shapes, pass_cost):
+    def cost(groups):
+        padded = [sum(shapes[n][0] for n in g) * max(shapes[n][1] for n in g) for g in groups]
+        return sum(padded) + pass_cost * len(groups)
+
+    groups = length_groups(shapes, pass_cost)
+    order = [n for group in groups for n in group]
+    assert sorted(order) == list(range(len(shapes)))
+    assert [shapes[n][1] for n in order] == sorted(length for _, length in shapes)
+    cuts = itertools.chain.from_iterable(itertools.combinations(range(1, len(order)), k) for k in range(len(order)))
+    assert cost(groups) == min(cost([order[a:b] for a, b in itertools.pairwise((0, *cut, len(order)))]) for cut in cuts)
+
+
+def test_losses_do_not_depend_on_how_rows_are_grouped(model_folder, tmp_path, monkeypatch):
+    config = MeZOConfig(model_name_or_path=model_folder("llama"), output_dir=str(tmp_path), use_peft=True)
+    trainer = build_trainer(config, COMPLETIONS)
+    probes = [Probe(7, 1e-3), Probe(7, -1e-3)]
+    grouped = {}
+    for pass_cost in (0, 10**6):  # every length by itself; one pass
+        monkeypatch.setattr(engine_module, "length_groups", lambda shapes, _, c=pass_cost: length_groups(shapes, c))
+        grouped[pass_cost] = (
+            trainer.engine.losses(trainer.train_examples, probes),
+            trainer.engine.score(trainer.train_examples),
+        )
+    (one_by_one, one_scores), (together, scores) = grouped.values()
+    assert torch.allclose(one_by_one, together, atol=1e-5)
+    assert torch.allclose(one_scores.logprobs_T, scores.logprobs_T, atol=1e-5)
+    assert torch.equal(one_scores.greedy_T, scores.greedy_T)

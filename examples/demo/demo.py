@@ -25,6 +25,7 @@ RUN = Path("runs/demo")
 
 
 def main() -> None:
+    """Trains, and prints what was reached and what can be done next."""
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     disable_progress_bars()
@@ -59,7 +60,8 @@ The run is in {RUN}. What you can do with it (mezo is .venv/bin/mezo):
         --dataset_name {DATA} --validation_size 60 --use_peft --learning_rate 5e-4 --head_learning_rate 5e-3 \\
         --per_device_train_batch_size 16 --max_steps 1000 --output_dir {RUN} --resume_from_checkpoint
   rebuild the adapter from the base model and the journal alone, bit for bit:
-    mezo replay {RUN} --output_dir runs/replayed && cmp {RUN}/adapter_model.safetensors runs/replayed/adapter_model.safetensors
+    mezo replay {RUN} --output_dir runs/replayed
+    cmp {RUN}/adapter_model.safetensors runs/replayed/adapter_model.safetensors
   load it in Python:
     from peft import PeftModel
     from transformers import AutoModelForSequenceClassification

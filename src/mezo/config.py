@@ -50,8 +50,8 @@ class MeZOConfig:
         gradient_accumulation_steps: Batches of that size in a step.
         per_device_eval_batch_size: Examples in a forward pass of the evaluation.
         learning_rate: Constant learning rate of SGD.
-        head_init: Layer that feeds a fresh classification head through tanh (BERT's pooler, the dense layer of RoBERTa's
-            head): "centered" makes it subtract the mean hidden state, "random" leaves it as transformers makes it.
+        head_init: The layer that feeds a fresh classification head through tanh (BERT's pooler, the dense layer of
+            RoBERTa's head): centered makes it subtract the mean hidden state, random leaves transformers' values.
         head_learning_rate: Learning rate of a fresh classification head; learning_rate if not given. z of the head is
             drawn wider by the square root of their ratio, so that one projected_grad serves both.
         weight_decay: Decoupled weight decay; biases and norms are skipped.

@@ -133,7 +133,7 @@ def load_model(config: MeZOConfig, kind: str, labels: Sequence[str] = ()) -> Loa
 
 
 def _pooling_layer(model: PreTrainedModel) -> str | None:
-    """Name of the square layer whose tanh a BERT-like classifier reads: BERT's pooler, the dense layer of RoBERTa's head."""
+    """Name of the square layer whose tanh a classifier reads: BERT's pooler, the dense layer of RoBERTa's head."""
     for name in (f"{model.base_model_prefix}.pooler.dense", "classifier.dense"):
         try:
             layer = model.get_submodule(name)
