@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mezo import journal
+from mezo import checkpoint, journal
 from mezo.api import build_trainer, replay
 from mezo.config import MeZOConfig
 from mezo.errors import JournalError, UserError
@@ -209,3 +209,11 @@ def test_twenty_kills_at_random_instants_change_nothing(model_folder, tmp_path, 
     build_trainer(straight).train()
     assert_same_weights(tmp_path / "straight", tmp_path / "run")
     assert journal.read(tmp_path / "straight" / "journal").steps == journal.read(tmp_path / "run" / "journal").steps
+
+
+@pytest.mark.parametrize(("limit", "kept"), [(None, [0, 2, 4, 6]), (1, [0, 6]), (2, [0, 4, 6]), (5, [0, 2, 4, 6])])
+def test_rotation_keeps_the_newest_and_the_start(limit, kept, tmp_path):
+    for step in (0, 2, 4, 6):
+        checkpoint.checkpoint_path(tmp_path, step).mkdir()
+    checkpoint.rotate(tmp_path, limit, None)
+    assert sorted(checkpoint.checkpoints(tmp_path)) == kept

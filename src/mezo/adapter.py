@@ -40,6 +40,7 @@ def add_adapter(
     if config.peft_type == "lora":
         saved_modules = [*fresh_modules, *([] if centred_module is None else [centred_module])]
         adapted = get_peft_model(model, _lora_config(model, config, kind, saved_modules))
+        _materialise(adapted)
         _initialise_lora(adapted, config.seed)
         if centred_module is not None:
             adapted.get_submodule(f"base_model.model.{centred_module}").requires_grad_(False)
@@ -102,6 +103,15 @@ def _initialise_lora(model: PeftModel, seed: int) -> None:
             stream = philox.stream_id("initialisation", canonical_name(parameter_name))
             u_N = philox.uniforms(seed, stream, 0, parameter.numel(), torch.device("cpu"))
             parameter.detach().copy_(((u_N * 2 - 1) * bound).view(parameter.shape))
+
+
+def _materialise(model: PeftModel) -> None:
+    """Gives LoRA's matrices memory where the base model has none; B starts at 0."""
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.is_meta and parameter.requires_grad:
+                values = torch.zeros(parameter.shape, dtype=torch.float32)
+                setattr(module, name, torch.nn.Parameter(values))
 
 
 def _prefix_config(config: MeZOConfig, kind: str) -> PeftConfig:

@@ -19,11 +19,13 @@ from mezo.adapter import add_adapter
 from mezo.config import MeZOConfig, looks_like_wrong_rate
 from mezo.data import Row, TrainData, load_eval_rows, load_rows, load_splits
 from mezo.encoding import Encoder, make_encoder
+from mezo.engines.base import Engine
 from mezo.engines.torch.engine import TorchEngine, trained_parameters
 from mezo.engines.torch.loading import is_encoder, load_model, load_model_config, load_tokenizer
-from mezo.engines.torch.space import tensors_digest
 from mezo.errors import JournalError, UserError
+from mezo.estimator import TwoPoint
 from mezo.evaluation import Metrics, evaluate
+from mezo.fingerprint import checkpoint_digest
 from mezo.header import make_header
 from mezo.objective import Example
 from mezo.trainer import MeZOTrainer, TrainResult
@@ -60,7 +62,7 @@ def mezo_finetune(
         normalize_perturbations: scale z of each tensor to unit norm.
         lora_rank: train LoRA of this rank (alpha 16) instead of all parameters.
         weight_decay: decoupled; biases and norms are skipped.
-        engine: "torch".
+        engine: "torch" or "sglang".
         output_dir: the run's folder.
         seed: of directions, data order, splits and fresh parameters.
         eval_dataset: rows to evaluate on, as `train_dataset`.
@@ -88,13 +90,17 @@ def mezo_finetune(
     if lora_rank is not None:
         values |= {"use_peft": True, "lora_r": lora_rank, "lora_alpha": 16.0}
     config = MeZOConfig.from_dict({**values, **options})
-    return build_trainer(config, None if named else train_dataset, eval_dataset, callbacks).train()
+    trainer = build_trainer(config, None if named else train_dataset, eval_dataset, callbacks)
+    try:
+        return trainer.train()
+    finally:
+        trainer.engine.close()
 
 
 class Parts(NamedTuple):
     """An engine at its initial weights, and the hash of its base model."""
 
-    engine: TorchEngine
+    engine: Engine
     model_digest: str
 
 
@@ -103,8 +109,17 @@ def build_trainer(
     train_dataset: TrainData | None = None,
     eval_dataset: TrainData | None = None,
     callbacks: Sequence[TrainerCallback] = (),
+    engine: Engine | None = None,
 ) -> MeZOTrainer:
-    """Loads data and model and puts the trainer together; data sets given here win over those the config names."""
+    """Loads data and model and puts the trainer together.
+
+    Args:
+        config: the run.
+        train_dataset: wins over the one the config names.
+        eval_dataset: the same.
+        callbacks: `transformers.TrainerCallback`s.
+        engine: an engine at its initial weights, in place of the one that the config describes.
+    """
     warning = looks_like_wrong_rate(config)
     if warning is not None:
         warnings.warn(warning, stacklevel=2)
@@ -115,7 +130,10 @@ def build_trainer(
     encoder = make_encoder(train_rows, config, model_config, tokenizer, encoder_model=is_encoder(model_config))
     train_examples = encoder(train_rows)
     eval_examples = _encode_evaluation(encoder, splits.train, splits.evaluation)
-    engine, model_digest = _trainable_engine(config, encoder.kind, encoder.labels, tokenizer)
+    if engine is None:
+        engine, model_digest = _trainable_engine(config, encoder.kind, encoder.labels, tokenizer)
+    else:
+        model_digest = checkpoint_digest(config.model_name_or_path, config.model_revision)
     header = make_header(
         config,
         objective=encoder.name,
@@ -167,8 +185,13 @@ def _trainable_engine(
     config: MeZOConfig, kind: str, labels: Sequence[str], tokenizer: PreTrainedTokenizerBase
 ) -> Parts:
     """The model at its initial values, adapter included, in an engine."""
+    model_digest = checkpoint_digest(config.model_name_or_path, config.model_revision)
+    if config.engine == "sglang":
+        from mezo.engines.sglang.build import build_engine
+
+        num_probes = len(TwoPoint(config.seed, config.epsilon).probes(0))
+        return Parts(build_engine(config, kind, tokenizer, num_probes), model_digest)
     base, fresh_modules, centred_module = load_model(config, kind, labels)
-    model_digest = tensors_digest(base.state_dict())
     base.requires_grad_(not config.use_peft)
     model = add_adapter(base, config, kind, fresh_modules, centred_module) if config.use_peft else base
     return Parts(make_engine(config, model, tokenizer, fresh_modules), model_digest)
@@ -189,7 +212,7 @@ def replay(
     contents = journal.read(path)
     if contents.dropped_bytes:
         logger.warning("left out a torn record of %d bytes at the end of the journal", contents.dropped_bytes)
-    config = journal_config(contents)
+    config = dataclasses.replace(journal_config(contents), engine="torch")
     if model_name_or_path is not None:
         config = dataclasses.replace(config, model_name_or_path=model_name_or_path)
     count = _final_step(path.parent, config, len(contents.steps)) if step is None else step

@@ -68,9 +68,9 @@ def write_text(path: Path, text: str) -> None:
 
 
 def rotate(run: Path, limit: int | None, keep: Path | None) -> None:
-    """Removes the oldest checkpoints above `limit`, but never `keep`."""
-    existing = list(checkpoints(run).values())
-    for path in existing[: len(existing) - limit] if limit is not None else []:
+    """Removes the oldest checkpoints above `limit`, but never `keep` and never that of step 0."""
+    existing = [path for step, path in checkpoints(run).items() if step]
+    for path in existing[: max(0, len(existing) - limit)] if limit is not None else []:
         if path != keep:
             shutil.rmtree(path)
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+import yaml
+
 from mezo.errors import UserError
 
 
@@ -24,7 +26,15 @@ class MeZOConfig:
         dtype: Weights' type: auto, float32, bfloat16 or float16. auto is the checkpoint's on a GPU, float32 on a CPU.
         attn_implementation: Attention of transformers: sdpa, eager, …; transformers' choice if not given.
         trust_remote_code: Run modelling code that comes with the model.
-        engine: Engine that evaluates the model: torch.
+        engine: Engine that evaluates the model: torch or sglang.
+        sglang_mode: colocate starts SGLang in this process; server uses running ones.
+        sglang_server_base_url: Addresses of running servers; rows are split over them.
+        sglang_api_key: Key of the servers, also from the environment variable SGLANG_API_KEY. It is written nowhere.
+        sglang_tp_size: GPUs of the engine that is started here.
+        sglang_updates: workers writes the adapter inside SGLang; public loads it again at each step by SGLang's own
+            calls, which is slow but needs no plugin in the server.
+        sglang_engine_args: Further arguments of the engine that is started here, as SGLang names them.
+        enable_kv_cache_optimization: Rows with a common prefix share its keys and values under the same weights.
         use_cpu: Stay on the CPU even if there is a GPU.
         dataset_name: jsonl, json, csv or parquet file, folder of such files, or Hub name.
         dataset_config: Configuration of the data set on the Hub (`sst2` of `glue`, say).
@@ -79,8 +89,16 @@ class MeZOConfig:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     attn_implementation: str | None = None
     trust_remote_code: bool = False
-    engine: Literal["torch"] = "torch"
+    engine: Literal["torch", "sglang"] = "torch"
     use_cpu: bool = False
+
+    sglang_mode: Literal["colocate", "server"] = "colocate"
+    sglang_server_base_url: list[str] | None = None
+    sglang_api_key: str | None = None
+    sglang_tp_size: int = 1
+    sglang_updates: Literal["workers", "public"] = "workers"
+    sglang_engine_args: dict[str, Any] | None = None
+    enable_kv_cache_optimization: bool = True
 
     dataset_name: str | None = None
     dataset_config: str | None = None
@@ -170,7 +188,7 @@ class MeZOConfig:
         return cls(**{key: coerced(key, value, hints[key]) for key, value in values.items()})
 
 
-def coerced(name: str, value: object, hint: object) -> Any:
+def coerced(name: str, value: object, hint: object) -> Any:  # noqa: PLR0911
     """The value as the type of its option: numbers written as text become numbers (YAML reads 1e-6 as text)."""
     options = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     if value is None and type(None) in options:
@@ -181,9 +199,11 @@ def coerced(name: str, value: object, hint: object) -> Any:
             return value
         raise UserError(f"{name} must be one of {', '.join(map(str, get_args(wanted)))}, got {value!r}")
     if get_origin(wanted) is dict and isinstance(value, Mapping):
+        if wanted == dict[str, Any]:  # values as in YAML, from the command line too
+            return {str(key): yaml.safe_load(v) if isinstance(v, str) else v for key, v in value.items()}
         return {label_key(key): str(word) for key, word in value.items()}
-    if get_origin(wanted) is list and isinstance(value, Sequence) and not isinstance(value, str):
-        return [str(entry) for entry in value]
+    if get_origin(wanted) is list and isinstance(value, Sequence):
+        return [value] if isinstance(value, str) else [str(entry) for entry in value]
     if wanted is float and not isinstance(value, bool):
         with contextlib.suppress(TypeError, ValueError):
             return float(value)  # type: ignore[arg-type]
@@ -211,7 +231,7 @@ def looks_like_wrong_rate(config: MeZOConfig) -> str | None:
 _COUNTS = (
     "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "per_device_eval_batch_size",
     "lora_r", "num_virtual_tokens", "logging_steps", "eval_steps", "save_steps", "save_total_limit", "max_length",
-    "max_train_samples", "max_eval_samples",
+    "max_train_samples", "max_eval_samples", "sglang_tp_size",
 )  # fmt: skip
 
 

@@ -11,3 +11,7 @@ class JournalError(UserError):
 
 class NonFiniteLossError(RuntimeError):
     """A loss became NaN or infinite; the weights are those of the last good step."""
+
+
+class EngineError(RuntimeError):
+    """An engine outside this process failed or refused; the journal and everything saved are intact."""

@@ -250,6 +250,13 @@ class MeZOTrainer:
         (folder / "README.md").write_text(model_card(self.config, self.header, self.state, metrics))
         (folder / checkpoint.STATE_NAME).write_text(state_json(self.state))
 
+    def save_initial(self) -> None:
+        """Writes `checkpoint-0`, for initial weights that no seed makes anew; a resumed run starts from it."""
+        path = checkpoint.checkpoint_path(self.run, 0)
+        if not path.exists() and not self._journal_path.exists():
+            self.run.mkdir(parents=True, exist_ok=True)
+            checkpoint.write_folder(path, lambda folder: self._write(folder, None))
+
     def _save_state(self) -> None:
         checkpoint.write_text(self.run / checkpoint.STATE_NAME, state_json(self.state))
 
@@ -283,7 +290,7 @@ class MeZOTrainer:
             check_header(contents.header, self.header, self._journal_path)
             usable = {s: p for s, p in checkpoint.checkpoints(self.run).items() if s <= len(contents.steps)}
             start = max(usable, default=0)
-            if start:
+            if start in usable:
                 self.engine.load(usable[start])
             for records in contents.steps[start:]:
                 self.engine.update(records)

@@ -14,7 +14,7 @@ import tyro
 from mezo import __version__
 from mezo.cli.options import EvalOptions, MergeOptions, PresetsOptions, ReplayOptions
 from mezo.config import PRESETS, MeZOConfig, coerced, preset, unknown_key_message
-from mezo.errors import NonFiniteLossError, UserError
+from mezo.errors import EngineError, NonFiniteLossError, UserError
 
 _Options = TypeVar("_Options")
 
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         _fail(f"unknown command {name!r}; the nearest one is {nearest!r}", code=2)
     try:
         COMMANDS[name][0](rest)
-    except (UserError, NonFiniteLossError) as error:
+    except (UserError, NonFiniteLossError, EngineError) as error:
         _fail(str(error))
     except OSError as error:
         _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")

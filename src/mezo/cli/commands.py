@@ -44,7 +44,10 @@ def train(config: MeZOConfig) -> None:
     """`mezo train`."""
     _quiet()
     trainer = api.build_trainer(config)
-    result = trainer.train()
+    try:
+        result = trainer.train()
+    finally:
+        trainer.engine.close()
     print(f"trained {result.global_step} steps, loss {result.train_loss:.4f}: {result.model_path}")
     if result.best_checkpoint is not None:
         print(f"best checkpoint: {result.best_checkpoint}")

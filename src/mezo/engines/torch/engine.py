@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutput
 
 from mezo.adapter import canonical_name
 from mezo.engines.torch.perturbed import PerturbedForward
-from mezo.engines.torch.space import ParameterSpace
+from mezo.engines.torch.space import ParameterSpace, tensors_digest
 from mezo.estimator import Probe, Record
 from mezo.objective import Example, TargetScores, example_losses
 
@@ -151,7 +151,9 @@ class TorchEngine:
             self.space.parameters[name].copy_(parameter)
 
     def digest(self) -> str:
-        """See `Engine.digest`."""
+        """See `Engine.digest`. Covers what is saved, frozen parts of a fresh head included."""
+        if isinstance(self.model, PeftModel):
+            return tensors_digest(get_peft_model_state_dict(self.model, save_embedding_layers=False))
         return self.space.digest()
 
     def close(self) -> None:

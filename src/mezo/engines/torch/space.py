@@ -109,15 +109,29 @@ def direction_norm(seed: int, name: str, numel: int, device: torch.device) -> fl
     return math.sqrt(math.fsum(sums))
 
 
-def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
-    """xxh3-128 over the names, types, shapes and bytes of the tensors, in the order of their names."""
-    hasher = xxhash.xxh3_128()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach()
-        hasher.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        flat_N = tensor.reshape(-1).view(torch.uint8) if tensor.ndim else tensor.reshape(1).view(torch.uint8)
+class TensorHasher:
+    """xxh3-128 over names, types, shapes and bytes of tensors."""
+
+    def __init__(self) -> None:
+        self._hasher = xxhash.xxh3_128()
+
+    def update(self, name: str, tensor: Tensor) -> None:
+        """Adds a tensor."""
+        self._hasher.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        flat_N = tensor.detach().reshape(-1 if tensor.ndim else 1).view(torch.uint8)
         for piece in flat_N.split(64 * CHUNK):
-            hasher.update(piece.cpu().numpy().data)
+            self._hasher.update(piece.cpu().numpy().data)
+
+    def hexdigest(self) -> str:
+        """The hash so far."""
+        return self._hasher.hexdigest()
+
+
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    """Hash of the tensors in the order of their names."""
+    hasher = TensorHasher()
+    for name in sorted(tensors):
+        hasher.update(name, tensors[name])
     return hasher.hexdigest()
 
 

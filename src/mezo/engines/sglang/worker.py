@@ -1,0 +1,182 @@
+"""What runs in SGLang's processes: float32 masters of the adapter, and slots written as master + scale · z.
+
+Every tensor-parallel rank holds the whole masters (an adapter is small), draws z by the global index of each element,
+and hands its slice to its slots. So ranks agree on z without talking to each other.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mezo import philox
+from mezo.engines.sglang import versions
+from mezo.engines.torch.space import ParameterSpace
+from mezo.estimator import Record
+
+logger = logging.getLogger(__name__)
+
+
+class Slots:
+    """An adapter under training in one process of SGLang.
+
+    Args:
+        manager: SGLang's LoRA manager.
+        names: adapters loaded from the same float32 tensors, one slot for each probe of a step.
+        normalize_perturbations: see `ParameterSpace`.
+        weight_decay: see `ParameterSpace.update`.
+    """
+
+    def __init__(self, manager: Any, names: Sequence[str], normalize_perturbations: bool, weight_decay: float):
+        self.manager = manager
+        self.names = list(names)
+        self.weight_decay = weight_decay
+        masters: dict[str, Tensor] = {n: t.to(manager.device) for n, t in manager.mezo_tensors[names[0]].items()}
+        self.space = ParameterSpace(masters, normalize_perturbations)
+        self.rank = next(t.shape[0] for name, t in masters.items() if ".lora_A." in name)
+        self.applied = 0  # updates so far
+        self.version = 0  # of the slots
+        marks = {name: torch.full_like(t, i + 1, device="cpu") for i, (name, t) in enumerate(masters.items())}
+        layout = versions.stacked_weights(manager, names[0], marks)
+        # As SGLang stacks the adapter: one buffer per stacked weight, and where in it each parameter lies.
+        self._stacked: list[dict[str, Tensor]] = [
+            {name: torch.zeros_like(mark, device=manager.device) for name, mark in layer.items()} for layer in layout
+        ]
+        self._rows: list[tuple[str, Tensor]] = []
+        for marked, stacked in zip(layout, self._stacked, strict=True):
+            for name, mark in marked.items():
+                self._rows += [(parameter, stacked[name][rows]) for parameter, rows in _runs(mark, list(masters))]
+        self._targets = [
+            {(versions.target_of(manager, n), ".lora_A." in n): t for n, t in layer.items()} for layer in self._stacked
+        ]
+        self._check_layout()
+
+    @torch.no_grad()
+    def update(self, records: Sequence[Record]) -> None:
+        """One step's update of the masters."""
+        self.space.update(records, self.weight_decay)
+        self.applied += 1
+
+    @torch.no_grad()
+    def write(self, probes: Sequence[tuple[int, float]], version: int) -> None:
+        """Writes (seed, scale) into the slots; scale 0 is the adapter itself."""
+        numbers = versions.make_resident(self.manager, self.names)
+        for slot, (seed, scale) in zip(numbers, probes, strict=False):
+            self._fill(seed, scale)
+            self._copy_into(slot)
+        versions.slots_changed(self.manager, numbers[: len(probes)])
+        self.version = version
+
+    def _fill(self, seed: int, scale: float) -> None:
+        for name, rows in self._rows:
+            master = self.space.parameters[name]
+            if scale == 0.0:
+                rows.copy_(master)
+                continue
+            factor = scale * self.space.scale(name, seed)
+            stream = philox.stream_id("direction", name)
+            philox.add_normals(master.view(-1), factor, seed, stream, 0, out_N=rows.view(-1))
+
+    def _copy_into(self, slot: int) -> None:
+        for layer, target, module, a_view, b_view in versions.slot_views(self.manager, slot, self.rank):
+            if (target, True) in self._targets[layer]:
+                a_view.copy_(module.slice_lora_a_weights(self._targets[layer][target, True]))
+                b_view.copy_(module.slice_lora_b_weights(self._targets[layer][target, False]))
+
+    def _check_layout(self) -> None:
+        """What we write equals what SGLang itself loaded into the slots."""
+        slots = versions.make_resident(self.manager, self.names)
+        views = list(versions.slot_views(self.manager, slots[0], self.rank))
+        loaded = [(a.clone(), b.clone()) for *_, a, b in views]
+        self._fill(0, 0.0)
+        self._copy_into(slots[0])
+        for (layer, target, _, a, b), (a_loaded, b_loaded) in zip(views, loaded, strict=True):
+            if not (torch.equal(a, a_loaded) and torch.equal(b, b_loaded)):
+                raise RuntimeError(f"this SGLang lays out LoRA slots in another way (layer {layer}, {target})")
+
+
+class Worker:
+    """Commands of the client, in one process of SGLang."""
+
+    def __init__(self, scheduler: Any):
+        self._scheduler = scheduler
+        self._slots: Slots | None = None
+        self._owner = ""
+        self._error = ""
+        self._digest_value = ""
+        self._heard = time.monotonic()
+
+    def run(self, command: Mapping[str, Any]) -> bool:
+        """Runs a command; False if it failed, with the reason in `state`."""
+        self._heard = time.monotonic()
+        try:
+            getattr(self, f"_{command['op']}")(**{k: v for k, v in command.items() if k != "op"})
+        except Exception as error:  # whatever it is must not end the server
+            logger.exception("mezo: %s failed", command.get("op"))
+            self._error = f"{command.get('op')}: {error}"
+            return False
+        self._error = ""
+        return True
+
+    def state(self) -> dict[str, object]:
+        """What the client may want to know."""
+        if self._slots is None:
+            return {"error": self._error}
+        return {
+            "error": self._error,
+            "owner": self._owner,
+            "names": self._slots.names,
+            "idle_seconds": time.monotonic() - self._heard,
+            "applied": self._slots.applied,
+            "version": self._slots.version,
+            "digest": self._digest_value,
+        }
+
+    def _attach(self, owner: str, names: list[str], normalize_perturbations: bool, weight_decay: float) -> None:
+        manager = versions.lora_manager(self._scheduler)
+        if manager is None:
+            raise RuntimeError("SGLang runs without LoRA; start it with --enable-lora")
+        self._slots = Slots(manager, names, normalize_perturbations, weight_decay)
+        self._owner = owner
+
+    def _detach(self, owner: str) -> None:
+        if owner == self._owner:
+            self._slots, self._owner = None, ""
+
+    def _digest(self, owner: str) -> None:
+        self._digest_value = self._of(owner).space.digest()
+
+    def _of(self, owner: str) -> Slots:
+        if self._slots is None or owner != self._owner:
+            raise RuntimeError("no such run is attached here; was SGLang started anew?")
+        return self._slots
+
+    def _step(
+        self, owner: str, applied: int, updates: list[list[list[Any]]], probes: list[tuple[int, float]], version: int
+    ) -> None:
+        """Updates since the last command, then the slots. `applied`: updates that the client believes to be in."""
+        slots = self._of(owner)
+        if applied != slots.applied:
+            raise RuntimeError(f"{slots.applied} updates are in, the client believes {applied}")
+        for step in updates:
+            slots.update([Record(0, seed, 0.0, 0.0, coefficient, rate, 0, 0) for seed, coefficient, rate in step])
+        if probes:
+            slots.write(probes, version)
+
+
+def _runs(mark: Tensor, names: Sequence[str]) -> list[tuple[str, slice]]:
+    """Which rows of a stacked weight hold which parameter, from one filled with their numbers (0: none)."""
+    numbers = mark[:, 0].int().tolist()
+    runs: list[tuple[str, slice]] = []
+    start = 0
+    for row in range(1, len(numbers) + 1):
+        if row == len(numbers) or numbers[row] != numbers[start]:
+            if numbers[start]:
+                runs.append((names[numbers[start] - 1], slice(start, row)))
+            start = row
+    return runs

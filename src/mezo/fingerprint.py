@@ -1,0 +1,70 @@
+"""Hash of a checkpoint's weights, the same for any sharding and any engine."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers.utils import cached_file
+
+from mezo.engines.torch.space import TensorHasher
+from mezo.errors import UserError
+
+_NAMES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+def checkpoint_digest(model_name_or_path: str, revision: str = "main") -> str:
+    """xxh3-128 over names, types, shapes and bytes of all tensors of a checkpoint, in the order of their names.
+
+    One tensor is in memory at a time, so a model larger than the memory can be hashed.
+    """
+    hasher = TensorHasher()
+    try:
+        for name, tensor in _tensors(_weight_files(model_name_or_path, revision)):
+            hasher.update(name, tensor)
+    except SafetensorError as error:
+        raise UserError(f"model_name_or_path {model_name_or_path!r}: {error}") from None
+    return hasher.hexdigest()
+
+
+def _weight_files(model_name_or_path: str, revision: str) -> list[Path]:
+    for name in _NAMES:
+        found = _file(model_name_or_path, name, revision)
+        if found is None:
+            continue
+        if found.suffix != ".json":
+            return [found]
+        shards = sorted(set(json.loads(found.read_text())["weight_map"].values()))
+        paths = [_file(model_name_or_path, shard, revision) for shard in shards]
+        if None in paths:
+            raise UserError(f"model_name_or_path {model_name_or_path!r}: {shards[paths.index(None)]} is missing")
+        return [path for path in paths if path is not None]
+    raise UserError(f"model_name_or_path {model_name_or_path!r}: no weights, none of {', '.join(_NAMES)}")
+
+
+def _file(model_name_or_path: str, name: str, revision: str) -> Path | None:
+    found = cached_file(
+        model_name_or_path,
+        name,
+        revision=revision,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return None if found is None else Path(found)
+
+
+def _tensors(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
+    """All tensors in the order of their names."""
+    if files[0].suffix == ".bin":
+        loaded = {k: t for file in files for k, t in torch.load(file, weights_only=True, mmap=True).items()}
+        yield from sorted(loaded.items())
+        return
+    handles = [safe_open(file, framework="pt") for file in files]
+    where = sorted((name, i) for i, handle in enumerate(handles) for name in handle.keys())  # noqa: SIM118
+    for name, i in where:
+        yield name, handles[i].get_tensor(name)
