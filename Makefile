@@ -1,12 +1,13 @@
 # make setup   .venv with mezo and everything its tests and demo need
 # make demo    fine-tune a real sentence encoder on a small text set, offline
 # make test    tests        make check   lint, types, links        make bench   CPU benchmark
+# make test-sglang   tests with SGLang's real engine on a CPU
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: setup demo test check bench clean
+.PHONY: setup demo test test-sglang check bench clean
 
 setup: $(VENV)/.installed
 
@@ -22,6 +23,19 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest
 
+# SGLang's real engine on a CPU, in an environment of its own: its versions of torch and transformers are fixed.
+test-sglang: .venv-sglang/.installed
+	.venv-sglang/bin/python -m pytest tests/sglang
+
+.venv-sglang/.installed: tests/sglang/requirements.txt pyproject.toml
+	$(PYTHON) -m venv .venv-sglang
+	.venv-sglang/bin/python -m pip install --quiet --upgrade pip
+	.venv-sglang/bin/python -m pip install --quiet torch==2.13.0
+	.venv-sglang/bin/python -m pip install --quiet --requirement tests/sglang/requirements.txt
+	.venv-sglang/bin/python -m pip install --quiet --no-deps sglang==0.5.20
+	.venv-sglang/bin/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
 check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -33,4 +47,4 @@ bench: setup
 	$(BIN)/python benchmarks/cpu_step.py
 
 clean:
-	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-sglang runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

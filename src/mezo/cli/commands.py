@@ -37,6 +37,8 @@ def _quiet() -> None:
     transformers_logging.set_verbosity_error()
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(logging.CRITICAL)  # its errors come back as exceptions
+    # PEFT calls this deprecated alias of transformers.
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
     warnings.showwarning = lambda message, *rest: logger.warning("%s", message)
 
 
