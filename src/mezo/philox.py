@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -32,6 +32,8 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 _MASK32 = 0xFFFFFFFF
 # Counter blocks per chunk of the reference: the working set stays inside a core's second-level cache.
 _CHUNK_BLOCKS = 1 << 15
+# Elements of a segment handled at once where there is no fused kernel.
+_SEGMENT_CHUNK = 1 << 20
 
 
 def stream_id(stream: str, name: str) -> int:
@@ -167,6 +169,38 @@ def add_normals(
         return kernel(out_N[None], base_N[None], scale, seed, stream, starts)[0]
     sum_N = normals(seed, stream, starts, len(base_N))[0].mul_(scale).add_(base_N)
     return sum_N if out_N is None else out_N.copy_(sum_N)
+
+
+class Segments:
+    """float32 tensors whose directions are added together; on a GPU that is one launch for all of them.
+
+    Args:
+        bases: contiguous tensors, one per parameter.
+        outs: tensors of the same sizes to write into, possibly the bases themselves.
+        streams: stream of each parameter, see `stream_id`.
+    """
+
+    def __init__(self, bases: Sequence[Tensor], outs: Sequence[Tensor], streams: Sequence[int]):
+        self._bases = [t.detach().view(-1) for t in bases]
+        self._outs = [t.detach().view(-1) for t in outs]
+        self._streams = list(streams)
+        self._largest = max(map(len, self._bases))
+        # One launch covers the largest size for every segment: not worth it if most of that is empty.
+        even = self._largest * len(self._bases) <= 8 * sum(map(len, self._bases))
+        on_gpu = all(t.is_cuda and t.dtype == torch.float32 for t in (*self._bases, *self._outs))
+        self._table = None
+        if even and on_gpu and gpu_kernels.enabled():
+            self._table = gpu_kernels.segment_table(self._bases, self._outs, self._streams)
+
+    def add_normals(self, scales: Sequence[float], seed: int) -> None:
+        """outs ← bases + scale · z(seed), each with its scale; the bits of `add_normals`."""
+        if self._table is not None and len(set(scales)) == 1:
+            gpu_kernels.add_normals_many(self._table, self._largest, scales[0], seed)
+            return
+        for base_N, out_N, stream, scale in zip(self._bases, self._outs, self._streams, scales, strict=True):
+            for start in range(0, len(base_N), _SEGMENT_CHUNK):
+                part = slice(start, start + _SEGMENT_CHUNK)
+                add_normals(base_N[part], scale, seed, stream, start, out_N=out_N[part])
 
 
 def uniforms(seed: int, stream: int, start: int, stop: int, device: torch.device) -> Tensor:

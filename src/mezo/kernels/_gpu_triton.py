@@ -53,22 +53,48 @@ def _box_muller(wa, wb):
     return radius * c, radius * s
 
 
+@triton.jit
+def _normals(block, k0, k1, c2, c3, BLOCKS: tl.constexpr):
+    """The 4 · BLOCKS normals of `block` … `block` + BLOCKS − 1."""
+    zeros = tl.zeros([BLOCKS], dtype=tl.uint32)
+    w0, w1, w2, w3 = _philox(
+        block,
+        zeros + tl.cast(k0, tl.uint32),
+        zeros + tl.cast(k1, tl.uint32),
+        zeros + tl.cast(c2, tl.uint32),
+        zeros + tl.cast(c3, tl.uint32),
+    )
+    z0, z1 = _box_muller(w0, w1)
+    z2, z3 = _box_muller(w2, w3)
+    return tl.interleave(tl.interleave(z0, z2), tl.interleave(z1, z3))
+
+
 @triton.jit(do_not_specialize=["width", "scale", "k0", "k1", "c2", "c3"])
 def add_normals(out_ptr, base_ptr, starts_ptr, width, scale, k0, k1, c2, c3, BLOCKS: tl.constexpr):
     """out[r, i] = base[r, i] + scale * z(start[r] + i); program (group, row)."""
     row = tl.program_id(1).to(tl.int64)
     start = tl.load(starts_ptr + row)
     block = start // 4 + tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
-    zeros = tl.zeros([BLOCKS], dtype=tl.uint32)
-    w0, w1, w2, w3 = _philox(
-        block, zeros + k0.to(tl.uint32), zeros + k1.to(tl.uint32), zeros + c2.to(tl.uint32), zeros + c3.to(tl.uint32)
-    )
-    z0, z1 = _box_muller(w0, w1)
-    z2, z3 = _box_muller(w2, w3)
-    z = tl.interleave(tl.interleave(z0, z2), tl.interleave(z1, z3))
+    z = _normals(block, k0, k1, c2, c3, BLOCKS)
     first = (start // 4 + tl.program_id(0).to(tl.int64) * BLOCKS) * 4 - start
     i = first + tl.arange(0, 4 * BLOCKS)
     inside = (i >= 0) & (i < width)
     base = tl.load(base_ptr + row * width + i, mask=inside).to(tl.float32)
-    value = base + scale.to(tl.float32) * z
+    value = base + tl.cast(scale, tl.float32) * z
     tl.store(out_ptr + row * width + i, value.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["scale", "k0", "k1"])
+def add_normals_many(table_ptr, scale, k0, k1, BLOCKS: tl.constexpr):
+    """out[i] = base[i] + scale * z(i), float32, for each row (base, out, size, stream) of the table; (group, row)."""
+    row = table_ptr + tl.program_id(1) * 4
+    size = tl.load(row + 2)
+    first = tl.program_id(0).to(tl.int64) * BLOCKS
+    if first * 4 < size:
+        base_ptr = tl.load(row).to(tl.pointer_type(tl.float32))
+        out_ptr = tl.load(row + 1).to(tl.pointer_type(tl.float32))
+        stream = tl.load(row + 3)
+        z = _normals(first + tl.arange(0, BLOCKS), k0, k1, stream.to(tl.uint32), (stream >> 32).to(tl.uint32), BLOCKS)
+        i = first * 4 + tl.arange(0, 4 * BLOCKS)
+        value = tl.load(base_ptr + i, mask=i < size) + tl.cast(scale, tl.float32) * z
+        tl.store(out_ptr + i, value, mask=i < size)

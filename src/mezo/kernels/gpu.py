@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -37,6 +38,24 @@ def add_normals(out_RW: Tensor, base_RW: Tensor, scale: float, seed: int, stream
                 out_RW, base_RW, starts_R, width, scale, *key, BLOCKS=_BLOCKS_PER_PROGRAM, enable_fp_fusion=False
             )
     return out_RW
+
+
+def segment_table(bases: Sequence[Tensor], outs: Sequence[Tensor], streams: Sequence[int]) -> Tensor:
+    """What `add_normals_many` reads: addresses, sizes and streams, int64 [segments, 4] on the device."""
+    rows = [
+        (base.data_ptr(), out.data_ptr(), base.numel(), stream - (stream >> 63 << 64))
+        for base, out, stream in zip(bases, outs, streams, strict=True)
+    ]
+    return torch.tensor(rows, dtype=torch.int64, device=outs[0].device)
+
+
+def add_normals_many(table: Tensor, largest: int, scale: float, seed: int) -> None:
+    """`out = base + scale · z` for all float32 tensors of a table in one launch; `largest` is the largest size."""
+    groups = ((largest + 3) // 4 + _BLOCKS_PER_PROGRAM - 1) // _BLOCKS_PER_PROGRAM
+    with torch.cuda.device(table.device):
+        _kernels().add_normals_many[(groups, len(table))](
+            table, scale, seed & 0xFFFFFFFF, seed >> 32, BLOCKS=_BLOCKS_PER_PROGRAM, enable_fp_fusion=False
+        )
 
 
 @functools.cache

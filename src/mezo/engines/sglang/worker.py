@@ -43,17 +43,25 @@ class Slots:
         self.version = 0  # of the slots
         marks = {name: torch.full_like(t, i + 1, device="cpu") for i, (name, t) in enumerate(masters.items())}
         layout = versions.stacked_weights(manager, names[0], marks)
-        # As SGLang stacks the adapter: one buffer per stacked weight, and where in it each parameter lies.
-        self._stacked: list[dict[str, Tensor]] = [
+        # As SGLang stacks the adapter: one buffer per stacked weight, and which rows of it each parameter fills.
+        stacked: list[dict[str, Tensor]] = [
             {name: torch.zeros_like(mark, device=manager.device) for name, mark in layer.items()} for layer in layout
         ]
-        self._rows: list[tuple[str, Tensor]] = []
-        for marked, stacked in zip(layout, self._stacked, strict=True):
-            for name, mark in marked.items():
-                self._rows += [(parameter, stacked[name][rows]) for parameter, rows in _runs(mark, list(masters))]
-        self._targets = [
-            {(versions.target_of(manager, n), ".lora_A." in n): t for n, t in layer.items()} for layer in self._stacked
+        filled = [
+            (parameter, stacked[layer][name][rows])
+            for layer, marked in enumerate(layout)
+            for name, mark in marked.items()
+            for parameter, rows in _runs(mark, list(masters))
         ]
+        self._filled = [parameter for parameter, _ in filled]
+        self._bases = [masters[parameter] for parameter, _ in filled]
+        self._rows = [rows for _, rows in filled]
+        streams = [philox.stream_id("direction", parameter) for parameter, _ in filled]
+        self._segments = philox.Segments(self._bases, self._rows, streams)
+        self._targets = [
+            {(versions.target_of(manager, n), ".lora_A." in n): t for n, t in layer.items()} for layer in stacked
+        ]
+        self._views: dict[int, list[tuple[int, str, Any, Tensor, Tensor]]] = {}
         self._check_layout()
 
     @torch.no_grad()
@@ -73,20 +81,22 @@ class Slots:
         self.version = version
 
     def _fill(self, seed: int, scale: float) -> None:
-        for name, rows in self._rows:
-            master = self.space.parameters[name]
-            if scale == 0.0:
-                rows.copy_(master)
-                continue
-            factor = scale * self.space.scale(name, seed)
-            stream = philox.stream_id("direction", name)
-            philox.add_normals(master.view(-1), factor, seed, stream, 0, out_N=rows.view(-1))
+        if scale == 0.0:
+            torch._foreach_copy_(self._rows, self._bases)
+        else:
+            self._segments.add_normals([scale * self.space.scale(name, seed) for name in self._filled], seed)
 
     def _copy_into(self, slot: int) -> None:
-        for layer, target, module, a_view, b_view in versions.slot_views(self.manager, slot, self.rank):
+        sources: list[Tensor] = []
+        views: list[Tensor] = []
+        if slot not in self._views:
+            self._views[slot] = list(versions.slot_views(self.manager, slot, self.rank))
+        for layer, target, module, a_view, b_view in self._views[slot]:
             if (target, True) in self._targets[layer]:
-                a_view.copy_(module.slice_lora_a_weights(self._targets[layer][target, True]))
-                b_view.copy_(module.slice_lora_b_weights(self._targets[layer][target, False]))
+                views += (a_view, b_view)
+                sources.append(module.slice_lora_a_weights(self._targets[layer][target, True]))
+                sources.append(module.slice_lora_b_weights(self._targets[layer][target, False]))
+        torch._foreach_copy_(views, sources)
 
     def _check_layout(self) -> None:
         """What we write equals what SGLang itself loaded into the slots."""

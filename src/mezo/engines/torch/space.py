@@ -18,7 +18,7 @@ from mezo.estimator import Record
 CHUNK = 1 << 20
 
 
-@dataclass(frozen=True)
+@dataclass
 class ParameterSpace:
     """Trained parameters by canonical name, and the distribution of directions in them.
 
@@ -33,6 +33,7 @@ class ParameterSpace:
     widths: Mapping[str, float] = field(default_factory=dict)
     # Norms of the last direction only: both probes of a step and its update ask for the same seed.
     _norms: dict[int, dict[str, float]] = field(default_factory=dict, repr=False, compare=False)
+    _segments: philox.Segments | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name, parameter in self.parameters.items():
@@ -66,6 +67,9 @@ class ParameterSpace:
         weights are rounded stochastically, so that changes far below their rounding step add up.
         """
         learning_rate = records[0].learning_rate
+        if all(p.dtype == torch.float32 for p in self.parameters.values()):
+            self._update_float32(records, 1.0 - learning_rate * weight_decay)
+            return
         for name, parameter in self.parameters.items():
             keep = 1.0 - learning_rate * weight_decay if parameter.ndim >= 2 else 1.0
             factors = [learning_rate * r.coefficient * self.scale(name, r.seed) for r in records]
@@ -79,6 +83,23 @@ class ParameterSpace:
                     philox.add_normals(weight_C, -factor, record.seed, stream, start, out_N=weight_C)
                 if flat_N.dtype != torch.float32:
                     _store_rounded(flat_N[start:stop], weight_C, records[0].seed, name, start)
+
+    def _update_float32(self, records: Sequence[Record], keep: float) -> None:
+        """The same bits without scratch, all tensors together."""
+        if keep != 1.0:
+            torch._foreach_mul_([p.detach() for p in self.parameters.values() if p.ndim >= 2], keep)
+        if self._segments is None:
+            tensors = list(self.parameters.values())
+            self._segments = philox.Segments(tensors, tensors, self.streams())
+        for record in records:
+            factor = record.learning_rate * record.coefficient
+            self._segments.add_normals(
+                [-factor * self.scale(name, record.seed) for name in self.parameters], record.seed
+            )
+
+    def streams(self) -> list[int]:
+        """The direction's stream of each parameter."""
+        return [philox.stream_id("direction", name) for name in self.parameters]
 
 
 def chunks(numel: int) -> Iterator[tuple[int, int]]:
