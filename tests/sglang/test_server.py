@@ -13,8 +13,11 @@ from pathlib import Path
 import pytest
 import requests
 
-from mezo import journal, mezo_finetune
-from mezo.api import replay
+from mezo import MeZOConfig, journal, mezo_finetune
+from mezo.api import build_trainer, replay
+from mezo.engines.sglang import build
+from mezo.engines.sglang.client import Server as Client
+from mezo.engines.torch.loading import load_model_config
 from mezo.errors import EngineError, JournalError, UserError
 from tests.sglang.conftest import ROOT, environment, finish, start_job
 from tests.sglang.jobs import ENGINE_ARGS, RANK, SETTING, rows
@@ -156,8 +159,9 @@ def test_replay_of_a_run_on_sglang(servers, model_folder, tmp_path):
         ({"sglang_server_base_url": ["http://127.0.0.1:9"]}, "no answer from http://127.0.0.1:9"),
         ({"sglang_server_base_url": None}, "sglang_server_base_url"),
         ({"lora_rank": RANK + 4}, "--max-lora-rank 4"),
-        ({"lora_target_modules": ["k_proj"]}, "lora-target-modules"),
-        ({"lora_rank": None}, "use_peft"),
+        ({"lora_target_modules": ["o_proj"]}, "lora-target-modules"),
+        ({"lora_target_modules": ["k_proj"]}, "q_proj and v_proj"),
+        ({"lora_rank": None, "learning_rate": 1e-6}, "use_peft"),
     ],
 )
 def test_what_cannot_work_is_said_in_one_line(change, message, servers, model_folder, tmp_path):
@@ -182,14 +186,38 @@ def test_full_adapter_slots(servers, reference, model_folder, tmp_path):
         assert servers[1].post("/unload_lora_adapter", {"lora_name": name}).status_code == 200
 
 
-def test_a_server_with_too_few_slots(model_folder, tmp_path):
-    server = Server(model_folder("llama"), tmp_path / "log", "--max-loras-per-batch", "2")
-    try:
-        server.wait()
-        with pytest.raises(EngineError, match="max-loras-per-batch 3"):
-            mezo_finetune(model_folder("llama"), rows(), output_dir=tmp_path / "run", **options([server.url]))
-    finally:
-        server.kill()
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"enable_lora": False}, "--enable-lora"),
+        ({"max_loras_per_batch": 2}, "--max-loras-per-batch 3"),
+        ({"vocab_size": 17}, "17 tokens"),
+    ],
+)
+def test_servers_started_in_another_way(change, message, servers, model_folder):
+    config = MeZOConfig(model_name_or_path=model_folder("llama"), use_peft=True, lora_r=RANK)
+    info = Client(servers[0].url, KEY).info()
+    build.check_server(info, servers[0].url, config, load_model_config(config), 2)
+    with pytest.raises(EngineError, match=message):
+        build.check_server({**info, **change}, servers[0].url, config, load_model_config(config), 2)
+
+
+def test_one_run_at_a_time(servers, model_folder, tmp_path):
+    """A second run does not disturb the first; what a run left that ended without a word is taken over by itself."""
+    values = options([servers[0].url], num_steps=2)
+    config = MeZOConfig.from_dict(
+        {
+            "model_name_or_path": model_folder("llama"), "use_peft": True, "lora_r": RANK, "engine": "sglang",
+            "sglang_mode": "server", "sglang_server_base_url": [servers[0].url], "sglang_api_key": KEY,
+            "learning_rate": 1e-2, "output_dir": str(tmp_path / "first"), "max_steps": 2,
+        }
+    )  # fmt: skip
+    first = build_trainer(config, rows())
+    first.engine.score(first.train_examples[:2])  # attached from here on
+    with pytest.raises(EngineError, match="trains there"):
+        mezo_finetune(model_folder("llama"), rows(), output_dir=tmp_path / "second", **values)
+    mezo_finetune(model_folder("llama"), rows(), output_dir=tmp_path / "first", **values)
+    assert not any(name.startswith("mezo") for name in adapters(servers[0]))
 
 
 def test_a_server_that_dies_in_mid_run(reference, model_folder, tmp_path):

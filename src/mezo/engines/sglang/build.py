@@ -34,6 +34,9 @@ def build_engine(config: MeZOConfig, kind: str, tokenizer: PreTrainedTokenizerBa
     if not config.use_peft or config.peft_type != "lora":
         raise UserError("engine sglang trains LoRA adapters: set use_peft, or use engine torch")
     adapter = adapter_on_meta(config)
+    attention = {"q_proj", "k_proj", "v_proj"} & adapter.peft_config["default"].target_modules
+    if attention and not attention >= {"q_proj", "v_proj"}:
+        raise UserError("lora_target_modules: SGLang stacks q, k and v, so q_proj and v_proj must both be among them")
     clients = connect(config, adapter, num_probes)
     try:
         model_config = load_model_config(config)
