@@ -55,7 +55,7 @@ class Server:
             )
 
     def wait(self) -> "Server":
-        for _ in range(600):
+        for _ in range(1200):
             assert self.process.poll() is None, self.log.read_text()[-5000:]
             try:
                 if requests.get(f"{self.url}/health", headers=HEADERS, timeout=5).status_code == 200:
