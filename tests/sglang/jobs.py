@@ -4,6 +4,7 @@ python -m tests.sglang.jobs JOB '{"model": …, "out": …}'
 """
 
 import functools
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -70,10 +71,10 @@ def in_process(model: str, out: str, start: str, **options: Any) -> None:
 
     config = json.loads((Path(start) / "adapter_config.json").read_text())
     runner = model_runner(model, config["target_modules"])
+    importlib.import_module("mezo.sglang")  # before the two imports of its names
     from sglang import mezo_finetune as under_sglangs_name
     from sglang.srt.mezo_trainer import MeZOTrainer
 
-    import mezo.sglang  # noqa: F401
     from mezo.engines.sglang import versions
 
     assert isinstance(under_sglangs_name, functools.partial)
