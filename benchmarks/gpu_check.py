@@ -63,6 +63,25 @@ def updates_equal(dtype: torch.dtype) -> bool:
     return torch.equal(spaces[0].parameters["w"].cpu(), spaces[1].parameters["w"])
 
 
+def segments_equal() -> bool:
+    """A LoRA adapter of 128 matrices in one launch: perturbed copies, and updates with weight decay."""
+    shapes = [(8, 4096), (4096, 8), (8, 4096), (1024, 8)] * 32
+    start = {f"p{i}": torch.linspace(-0.1, 0.1, a * b).view(a, b) for i, (a, b) in enumerate(shapes)}
+    spaces = [ParameterSpace({k: t.clone().to(device) for k, t in start.items()}) for device in ("cuda", "cpu")]
+    copies = []
+    for space in spaces:
+        outs = [torch.empty_like(t) for t in space.parameters.values()]
+        philox.Segments(list(space.parameters.values()), outs, space.streams()).add_normals(
+            [1e-3] * len(outs), 2**63 + 9
+        )
+        copies.append(torch.cat([t.flatten().cpu() for t in outs]))
+        for step in range(3):
+            record = Record(step, philox.derive_seed(1, step), 0.0, 0.0, 0.7, 1e-2, 1, 1)
+            space.update([record], weight_decay=0.1 * step)
+    same = all(torch.equal(t.cpu(), spaces[1].parameters[k]) for k, t in spaces[0].parameters.items())
+    return same and torch.equal(*copies)
+
+
 def engine_on(device: str, dtype: torch.dtype = torch.float32) -> TorchEngine:
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -134,6 +153,7 @@ def main() -> int:
         results[f"updates equal, {dtype}"] = updates_equal(dtype)
         results[f"weights untouched, {dtype}"] = weights_untouched(dtype)
         results[f"replay equal on GPU and CPU, {dtype}"] = replays(dtype)
+    results["128 tensors in one launch equal"] = segments_equal()
     results["losses within 1e-5"] = losses_close()
     results["base + scale z, GB/s"] = f"{bandwidth():.0f}"
     with path.open("w", newline="") as file:
