@@ -170,3 +170,16 @@ def test_rounding_keeps_infinities_and_nan():
         assert rounded[1] == -math.inf
         assert rounded[2].isnan()
         assert (rounded[3:] == 0).all()
+
+
+def test_segments_are_the_normals_of_each_parameter(monkeypatch):
+    """Tensors larger than a chunk, sizes that are no multiples of 4, a scale for each."""
+    monkeypatch.setattr(philox, "_SEGMENT_CHUNK", 64)
+    bases = [torch.randn(37), torch.randn(5, 60), torch.randn(3)]
+    outs = [torch.empty_like(base) for base in bases]
+    streams = [philox.stream_id("direction", str(i)) for i in range(3)]
+    scales = [0.5, -0.25, 2.0]
+    philox.Segments(bases, outs, streams).add_normals(scales, seed=11)
+    for base, out, stream, scale in zip(bases, outs, streams, scales, strict=True):
+        z = philox.normals(11, stream, torch.tensor([0]), base.numel())[0].view_as(base)
+        assert torch.equal(out, base + scale * z)
