@@ -26,11 +26,16 @@ def environment() -> dict[str, str]:
     return {**os.environ, **settings, "PYTHONPATH": os.pathsep.join(paths)}
 
 
-def start_job(name: str, **arguments: Any) -> "subprocess.Popen[str]":
-    """Starts a job of jobs.py."""
+def start_job(name: str, settings: dict[str, str] | None = None, **arguments: Any) -> "subprocess.Popen[str]":
+    """Starts a job of jobs.py, with `settings` added to its environment."""
     command = [sys.executable, "-W", "ignore", "-m", "tests.sglang.jobs", name, json.dumps(arguments)]
     return subprocess.Popen(
-        command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command,
+        cwd=ROOT,
+        env=environment() | (settings or {}),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
 
 

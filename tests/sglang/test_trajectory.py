@@ -1,6 +1,7 @@
 """SGLang takes the trajectory of the torch engine: the same z, the same updates, losses equal to rounding."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,18 @@ def test_colocated_engine(updates, reference, model_folder, tmp_path):
     states = [json.loads((r / "trainer_state.json").read_text()) for r in (run, reference("llama"))]
     metrics = [[e for e in state["log_history"] if "eval_loss" in e] for state in states]
     assert metrics[0] == [{**entry, "eval_loss": pytest.approx(entry["eval_loss"], abs=1e-4)} for entry in metrics[1]]
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two ranks need two cores")
+def test_tensor_parallel(reference, model_folder, tmp_path):
+    """Two ranks, each with its slice of the same z."""
+    run = tmp_path / "run"
+    cores = sorted(os.sched_getaffinity(0))[:2]
+    settings = {"SGLANG_CPU_OMP_THREADS_BIND": "|".join(map(str, cores))}
+    options = {"engine": "sglang", "sglang_tp_size": 2, "num_steps": 20}
+    finish(start_job("finetune", settings, model=model_folder("llama"), out=str(run), **options))
+    assert_same_run(run, reference("llama"), 20)
+    assert_same_adapter(run, replay(reference("llama"), tmp_path / "twenty", step=20))
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "opt"])
