@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-import yaml
-
 from mezo.errors import UserError
 
 
@@ -33,7 +31,8 @@ class MeZOConfig:
         sglang_tp_size: GPUs of the engine that is started here.
         sglang_updates: workers writes the adapter inside SGLang; public loads it again at each step by SGLang's own
             calls, which is slow but needs no plugin in the server.
-        sglang_engine_args: Further arguments of the engine that is started here, as SGLang names them.
+        sglang_engine_args: Further arguments of the engine that is started here, as SGLang names them; values as in
+            YAML.
         enable_kv_cache_optimization: Rows with a common prefix share its keys and values under the same weights.
         use_cpu: Stay on the CPU even if there is a GPU.
         dataset_name: jsonl, json, csv or parquet file, folder of such files, or Hub name.
@@ -97,7 +96,7 @@ class MeZOConfig:
     sglang_api_key: str | None = None
     sglang_tp_size: int = 1
     sglang_updates: Literal["workers", "public"] = "workers"
-    sglang_engine_args: dict[str, Any] | None = None
+    sglang_engine_args: dict[str, str] | None = None
     enable_kv_cache_optimization: bool = True
 
     dataset_name: str | None = None
@@ -188,7 +187,7 @@ class MeZOConfig:
         return cls(**{key: coerced(key, value, hints[key]) for key, value in values.items()})
 
 
-def coerced(name: str, value: object, hint: object) -> Any:  # noqa: PLR0911
+def coerced(name: str, value: object, hint: object) -> Any:
     """The value as the type of its option: numbers written as text become numbers (YAML reads 1e-6 as text)."""
     options = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     if value is None and type(None) in options:
@@ -199,8 +198,6 @@ def coerced(name: str, value: object, hint: object) -> Any:  # noqa: PLR0911
             return value
         raise UserError(f"{name} must be one of {', '.join(map(str, get_args(wanted)))}, got {value!r}")
     if get_origin(wanted) is dict and isinstance(value, Mapping):
-        if wanted == dict[str, Any]:  # values as in YAML, from the command line too
-            return {str(key): yaml.safe_load(v) if isinstance(v, str) else v for key, v in value.items()}
         return {label_key(key): str(word) for key, word in value.items()}
     if get_origin(wanted) is list and isinstance(value, Sequence):
         return [value] if isinstance(value, str) else [str(entry) for entry in value]

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import xxhash
+import yaml
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 from transformers import logging as transformers_logging
@@ -119,7 +120,8 @@ def engine_arguments(config: MeZOConfig, adapter: PeftModel, num_probes: int) ->
             "disable_overlap_schedule": True,
             "skip_server_warmup": True,
         }
-    return {**arguments, **(config.sglang_engine_args or {})}
+    more = config.sglang_engine_args or {}
+    return {**arguments, **{name: yaml.safe_load(str(value)) for name, value in more.items()}}
 
 
 def check_server(
