@@ -1,6 +1,6 @@
 """A training step on SGLang against the time SGLang itself takes for the same ± batch, and start-up apart.
 
-    python benchmarks/gpu_sglang.py [--shape llama-8b|tiny] [--repeats 12] [--output FILE.csv] [--commit HASH]
+    python benchmarks/gpu_sglang.py [--shape llama-8b|tiny] [--repeats 12] [--tp N] [--output FILE.csv]
 
 Weights are SGLang's dummies: right for speed, meaningless for losses. Both are timed alternately in one engine with the
 radix cache on and new cache keys, so that nothing is reused: (a) one prefill-only request of all rows under two
@@ -23,6 +23,7 @@ import torch
 from provenance import provenance
 
 from mezo.config import MeZOConfig
+from mezo.engines.sglang import versions
 from mezo.engines.sglang.build import adapter_on_meta, engine_arguments
 from mezo.engines.sglang.client import Colocated, rows_body, worker_state
 from mezo.engines.sglang.engine import SGLangEngine
@@ -76,21 +77,26 @@ def measure(client: Colocated, engine: SGLangEngine, vocabulary: int, repeats: i
     for rows, tokens in ROWS_AND_TOKENS:
         examples = make_examples(rows, tokens, vocabulary)
         ids = [e.sequences[0].input_ids for e in examples]
+        commands: list[float] = []
 
         def plain(ids: list[tuple[int, ...]] = ids) -> None:
             names = [name for name in engine._names for _ in ids]
             starts = [len(ids[0]) - ANSWER - 1] * len(names)
             client.generate(rows_body(ids * 2, starts, names, f"plain-{time.perf_counter_ns()}", 0))
 
-        def ours(examples: list[Example] = examples) -> None:
+        def ours(examples: list[Example] = examples, commands: list[float] = commands) -> None:
             step = next(steps)
             probes = estimator.probes(step)
+            started = time.perf_counter()
+            engine._write(probes)
+            commands.append((time.perf_counter() - started) * 1e3)
             losses = [batch_loss(examples, losses_N) for losses_N in engine.losses(examples, probes)]
             (outcome,) = estimator.outcomes(probes, losses)
             engine.update([Record(step, *outcome, 1e-6, 0, len(examples))])
 
         ours()  # attaches
         times = timed({"± batch by SGLang alone": plain, "mezo step": ours}, repeats)
+        times["of which the command"] = commands[-repeats:]
         base = statistics.median(times["± batch by SGLang alone"])
         for what, values in times.items():
             low, _, _, high = statistics.quantiles(values, n=5)
@@ -108,7 +114,6 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=12)
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--commit", default="", help="where there is no .git")
     options = parser.parse_args()
     config = MeZOConfig(
         model_name_or_path=make_folder(options.shape), use_peft=True, engine="sglang", sglang_tp_size=options.tp
@@ -129,8 +134,7 @@ def main() -> None:
     engine._catch_up()
     same = worker_state(client)["digest"] == engine.space.digest()
     engine.close()
-    facts = {"model": options.shape, "tp": options.tp, **provenance()}
-    facts["commit"] = options.commit or facts["commit"]
+    facts = {"model": options.shape, "tp": options.tp, "sglang": versions.installed(), **provenance()}
     print(f"{'PASS' if same else 'FAIL'}  adapter in the workers = adapter of the journal")
     for row in rows:
         shape = f"{row['rows']} × {row['tokens']}" if "rows" in row else ""

@@ -3,10 +3,16 @@
 #     benchmarks/gpu_sglang.sh WHEELS OUT [COMMIT]
 # Prints the checks and a short table, writes OUT/gpu_check.csv and OUT/gpu_sglang.csv. Needs nvcc and ninja on PATH.
 set -euo pipefail
-wheels=$1 out=$2 commit=${3:-}
+wheels=$1 out=$2
+export COMMIT=${3:-}
 cd "$(dirname "$0")/.."
 site=$(mktemp -d)
 python3 -m pip install --quiet --no-index --no-deps --target "$site" "$wheels"/*.whl
 export PYTHONPATH=$site SGLANG_IS_FLASHINFER_AVAILABLE=false TVM_FFI_CACHE_DIR=$site/tvm HF_HUB_OFFLINE=1
-python3 benchmarks/gpu_check.py --output "$out/gpu_check.csv"
-python3 -W ignore benchmarks/gpu_sglang.py --output "$out/gpu_sglang.csv" --commit "$commit"
+export PYTHONWARNINGS=ignore TQDM_DISABLE=1
+failed=0
+python3 benchmarks/gpu_check.py --output "$out/gpu_check.csv" || failed=1
+python3 benchmarks/gpu_sglang_check.py || failed=1
+python3 benchmarks/gpu_sglang_check.py --client in_process || failed=1
+python3 benchmarks/gpu_sglang.py --output "$out/gpu_sglang.csv" || failed=1
+exit $failed

@@ -2,6 +2,7 @@
 
 import datetime
 import functools
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -12,7 +13,7 @@ import transformers
 
 @functools.cache
 def provenance() -> dict[str, str]:
-    """Machine, versions, commit and date of a measurement."""
+    """Machine, versions, commit and date of a measurement; the commit is $COMMIT where there is no .git."""
     root = Path(__file__).parent
     commit = subprocess.run(
         ["git", "-C", root, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
@@ -25,7 +26,7 @@ def provenance() -> dict[str, str]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "commit": commit.stdout.strip(),
+        "commit": os.environ.get("COMMIT") or commit.stdout.strip(),
         "date": datetime.date.today().isoformat(),
     }
 
