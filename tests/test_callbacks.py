@@ -69,7 +69,10 @@ def test_events_arrive_in_order(config):
     assert recorder.events.index(("evaluate", 10, evaluation)) < recorder.events.index(("save", 10))
     train_logs = [(step, logs) for step, logs in recorder.logs if "loss" in logs]
     assert [step for step, _ in train_logs] == [1, 4, 8]
-    wanted = {"loss", "projected_grad", "loss_plus", "loss_minus", "learning_rate", "tokens_per_second"}
+    wanted = {
+        "loss", "projected_grad", "loss_plus", "loss_minus", "learning_rate", "tokens_per_second",
+        "tokens_asked", "tokens_computed", "reuse_percent", "seconds_saved",
+    }  # fmt: skip
     assert all(logs.keys() == wanted and all(map(math.isfinite, logs.values())) for _, logs in train_logs)
 
 

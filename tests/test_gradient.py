@@ -8,7 +8,7 @@ from mezo.config import MeZOConfig
 from mezo.encoding import make_encoder
 from mezo.engines.torch.loading import is_encoder, load_model, load_model_config, load_tokenizer
 from mezo.engines.torch.space import direction
-from mezo.estimator import TwoPoint
+from mezo.estimator import Probe, TwoPoint
 from mezo.objective import batch_loss, example_losses
 from tests.conftest import SENTIMENT_ROWS
 
@@ -34,7 +34,7 @@ def test_mean_of_many_estimates_points_along_the_gradient(model_folder, name):
     chosen = {n: p for n, p in engine.space.parameters.items() if parts[name] in n}
     object.__setattr__(engine.space, "parameters", chosen)
     dimension = engine.space.num_parameters()
-    scores_T = engine._forward(engine._batch(examples), None, greedy=False).logprobs_T
+    scores_T = engine._scores(examples, [Probe(0, 0.0)], greedy=False)[0].logprobs_T
     example_losses(examples, scores_T).mean().backward()
     gradient = torch.cat([p.grad.flatten() for p in chosen.values()])
 
@@ -58,7 +58,7 @@ def test_mean_of_many_estimates_points_along_the_gradient(model_folder, name):
 def test_one_estimate_is_the_directional_derivative(model_folder, name):
     """All parameters, one direction: projected_grad equals z · ∇L from backward()."""
     engine, examples = engine_and_examples(model_folder(name), name)
-    scores_T = engine._forward(engine._batch(examples), None, greedy=False).logprobs_T
+    scores_T = engine._scores(examples, [Probe(0, 0.0)], greedy=False)[0].logprobs_T
     example_losses(examples, scores_T).mean().backward()
     estimator = TwoPoint(seed=5, epsilon=3e-4)
     for step in range(5):

@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from mezo import philox
 from mezo.config import MeZOConfig
+from mezo.engines.torch.layers import first_layer, last_layers
 from mezo.errors import UserError
 
 _TASK_TYPES = {
@@ -74,7 +75,19 @@ def _lora_config(model: PreTrainedModel, config: MeZOConfig, kind: str, saved_mo
         # PEFT adds the classification head by itself.
         modules_to_save=[m for m in saved_modules if m.split(".")[0] not in ("classifier", "score")] or None,
         fan_in_fan_out=any(isinstance(m, Conv1D) for name, m in model.named_modules() if name.endswith(tuple(targets))),
+        alora_invocation_tokens=config.alora_invocation_tokens if config.lora_variant == "alora" else None,
+        layers_to_transform=_adapted_layers(model, config),
     )
+
+
+def _adapted_layers(model: PreTrainedModel, config: MeZOConfig) -> list[int] | None:
+    if config.trainable_layers is None:
+        return None
+    count = last_layers(config.trainable_layers)
+    if count is None:
+        raise UserError("trainable_layers: with an adapter only last:k; choose modules with lora_target_modules")
+    num_layers = model.config.num_hidden_layers
+    return list(range(first_layer(count, num_layers), num_layers))
 
 
 def target_modules(model: PreTrainedModel, wanted: list[str] | None) -> list[str]:

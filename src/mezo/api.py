@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import math
 import warnings
@@ -10,17 +11,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from mezo import checkpoint, journal
+from mezo.activation import activate, invocation_tokens
 from mezo.adapter import add_adapter
 from mezo.config import MeZOConfig, looks_like_wrong_rate
 from mezo.data import Row, TrainData, load_eval_rows, load_rows, load_splits
 from mezo.encoding import Encoder, make_encoder
 from mezo.engines.base import Engine
 from mezo.engines.torch.engine import TorchEngine, trained_parameters
+from mezo.engines.torch.layers import trainable_names
 from mezo.engines.torch.loading import is_encoder, load_model, load_model_config, load_tokenizer
 from mezo.errors import JournalError, UserError
 from mezo.estimator import TwoPoint
@@ -28,7 +32,7 @@ from mezo.evaluation import Metrics, evaluate
 from mezo.fingerprint import checkpoint_digest
 from mezo.header import make_header
 from mezo.objective import Example
-from mezo.trainer import MeZOTrainer, TrainResult
+from mezo.trainer import MeZOTrainer, TrainResult, mean_loss, reuse_entry
 
 logger = logging.getLogger(__name__)
 
@@ -130,6 +134,11 @@ def build_trainer(
     encoder = make_encoder(train_rows, config, model_config, tokenizer, encoder_model=is_encoder(model_config))
     train_examples = encoder(train_rows)
     eval_examples = _encode_evaluation(encoder, splits.train, splits.evaluation)
+    if config.lora_variant == "alora":
+        tokens = config.alora_invocation_tokens or invocation_tokens(train_examples)
+        config = dataclasses.replace(config, alora_invocation_tokens=tokens)
+        train_examples = activate(train_examples, tokens)
+        eval_examples = activate(eval_examples, tokens) if eval_examples is not None else None
     if engine is None:
         engine, model_digest = _trainable_engine(config, encoder.kind, encoder.labels, tokenizer)
     else:
@@ -178,6 +187,9 @@ def make_engine(
         weight_decay=config.weight_decay,
         train_batch_size=config.per_device_train_batch_size,
         eval_batch_size=config.per_device_eval_batch_size,
+        share=config.enable_kv_cache_optimization,
+        store_bytes=int(config.kv_cache_gb * 1e9),
+        store_device=torch.device("cpu") if config.kv_cache_device == "cpu" else None,
     )
 
 
@@ -192,7 +204,10 @@ def _trainable_engine(
         num_probes = len(TwoPoint(config.seed, config.epsilon).probes(0))
         return Parts(build_engine(config, kind, tokenizer, num_probes), model_digest)
     base, fresh_modules, centred_module = load_model(config, kind, labels)
-    base.requires_grad_(not config.use_peft)
+    if not config.use_peft:
+        names = None if config.trainable_layers is None else set(trainable_names(base, config.trainable_layers))
+        for name, parameter in base.named_parameters():
+            parameter.requires_grad_(parameter.is_floating_point() and (names is None or name in names))
     model = add_adapter(base, config, kind, fresh_modules, centred_module) if config.use_peft else base
     return Parts(make_engine(config, model, tokenizer, fresh_modules), model_digest)
 
@@ -230,6 +245,39 @@ def replay(
         engine.update(records)
     checkpoint.write_folder(Path(output_dir), engine.save)
     return Path(output_dir)
+
+
+def summary(run: str | Path) -> dict[str, object]:
+    """What a run's journal says: settings, steps, losses, and the tokens that were computed and reused.
+
+    Args:
+        run: folder of a run, or its journal.
+    """
+    path = Path(run) / checkpoint.JOURNAL_NAME if Path(run).is_dir() else Path(run)
+    contents = journal.read(path)
+    config, header, steps = journal_config(contents), contents.header, contents.steps
+    facts: dict[str, object] = {
+        "model": config.model_name_or_path,
+        "objective": header["objective"],
+        "engine": config.engine,
+        "trained": config.lora_variant if config.use_peft and config.peft_type == "lora" else
+        config.peft_type if config.use_peft else config.trainable_layers or "all parameters",
+        "learning_rate": config.learning_rate,
+        "epsilon": config.epsilon,
+        "batch_size": config.batch_size,
+        "steps": f"{len(steps)} of {config.max_steps}",
+    }  # fmt: skip
+    if steps:
+        window = min(100, len(steps))
+        facts["loss, first steps"] = mean_loss([r for records in steps[:window] for r in records])
+        facts["loss, last steps"] = mean_loss([r for records in steps[-window:] for r in records])
+        asked = sum(records[0].asked_tokens for records in steps)
+        facts |= reuse_entry(asked, sum(records[0].computed_tokens for records in steps))
+    state_path = path.parent / checkpoint.STATE_NAME
+    if state_path.exists():
+        logged = [e["seconds_saved"] for e in json.loads(state_path.read_text())["log_history"] if "seconds_saved" in e]
+        facts |= {"seconds_saved": logged[-1]} if logged else {}
+    return facts
 
 
 def journal_config(contents: journal.Contents) -> MeZOConfig:
@@ -278,6 +326,9 @@ def eval_model(config: MeZOConfig, adapter: str | Path | None = None, dataset: T
     model: PreTrainedModel | PeftModel = load_model(config, encoder.kind, encoder.labels).model
     if adapter is not None:
         model = load_adapter(model, adapter)
+        tokens = getattr(model.peft_config["default"], "alora_invocation_tokens", None)
+        if tokens:
+            examples = activate(examples, tokens)
     return evaluate(make_engine(config, model, tokenizer), examples)
 
 
@@ -290,9 +341,9 @@ def _filled_in(config: MeZOConfig, recorded: MeZOConfig) -> MeZOConfig:
 
 
 def load_adapter(model: PreTrainedModel, adapter: str | Path) -> PeftModel:
-    """A PEFT adapter from a folder on a loaded base model, in eval mode."""
+    """A PEFT adapter from a folder on a loaded base model, in eval mode; its parameters are the trained ones."""
     try:
-        return PeftModel.from_pretrained(model, str(adapter)).eval()
+        return PeftModel.from_pretrained(model, str(adapter), is_trainable=True).eval()
     except (OSError, ValueError) as error:
         raise UserError(f"adapter_name_or_path {str(adapter)!r}: {str(error).splitlines()[0]}") from None
 

@@ -107,6 +107,8 @@ class ProgressCallback(TrainerCallback):
         if "loss" in logs:
             rate = logs.get("tokens_per_second", 0.0)
             figures = f"loss {logs['loss']:.4f}  projected_grad {logs['projected_grad']:+.3g}  {rate:,.0f} tokens/s"
+            if logs.get("reuse_percent"):
+                figures += f"  reuse {logs['reuse_percent']:.0f} %, {logs['seconds_saved']:,.0f} s saved"
             self._progress.update(self._task, figures=figures)
         if "eval_loss" in logs:
             figures = f"eval_loss {logs['eval_loss']:.4f}  eval_accuracy {logs['eval_accuracy']:.4f}"

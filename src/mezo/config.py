@@ -33,7 +33,12 @@ class MeZOConfig:
             calls, which is slow but needs no plugin in the server.
         sglang_engine_args: Further arguments of the engine that is started here, as SGLang names them; values as in
             YAML.
-        enable_kv_cache_optimization: Rows with a common prefix share its keys and values under the same weights.
+        enable_kv_cache_optimization: Compute once whatever is exactly the same: prefixes that rows share under the same
+            perturbation, prompts of an activated LoRA, layers below the first trained one. Off: every row is computed
+            whole.
+        kv_cache_gb: Memory for what is kept from step to step on the torch engine (prompts' keys and values, hidden
+            states below the first trained layer), in GB; the least recently used goes first.
+        kv_cache_device: Where that lies: model, beside the weights, or cpu.
         use_cpu: Stay on the CPU even if there is a GPU.
         dataset_name: jsonl, json, csv or parquet file, folder of such files, or Hub name.
         dataset_config: Configuration of the data set on the Hub (`sst2` of `glue`, say).
@@ -52,6 +57,12 @@ class MeZOConfig:
         lora_r: Rank of LoRA.
         lora_alpha: LoRA's update is multiplied by lora_alpha / lora_r.
         lora_target_modules: Names of the linear modules that get an adapter; queries and values if not given.
+        lora_variant: lora, or alora: the adapter acts from the invocation tokens on, so that the prompt before them is
+            the base model's and is computed once for all steps.
+        alora_invocation_tokens: Token ids whose last occurrence switches an activated LoRA on, as in PEFT; if not
+            given, what all training prompts end with, at most 16 tokens.
+        trainable_layers: Train only these: `last:4` is the last four layers and the norm or classification head above
+            them; anything else is a regular expression over parameter names. Layers below are computed once per row.
         num_virtual_tokens: Length of the prefix.
         output_dir: Folder of the run: journal, checkpoints, final weights, trainer_state.json.
         max_steps: Steps to train.
@@ -98,6 +109,8 @@ class MeZOConfig:
     sglang_updates: Literal["workers", "public"] = "workers"
     sglang_engine_args: dict[str, str] | None = None
     enable_kv_cache_optimization: bool = True
+    kv_cache_gb: float = 4.0
+    kv_cache_device: Literal["model", "cpu"] = "model"
 
     dataset_name: str | None = None
     dataset_config: str | None = None
@@ -117,6 +130,9 @@ class MeZOConfig:
     lora_r: int = 8
     lora_alpha: float = 16.0
     lora_target_modules: list[str] | None = None
+    lora_variant: Literal["lora", "alora"] = "lora"
+    alora_invocation_tokens: list[int] | None = None
+    trainable_layers: str | None = None
     num_virtual_tokens: int = 5
 
     output_dir: str = "trainer_output"
@@ -150,7 +166,7 @@ class MeZOConfig:
         if self.label_words is not None:
             words = {label_key(key): str(word) for key, word in self.label_words.items()}
             object.__setattr__(self, "label_words", words)
-        for name in ("learning_rate", "head_learning_rate", "epsilon", "lora_alpha"):
+        for name in ("learning_rate", "head_learning_rate", "epsilon", "lora_alpha", "kv_cache_gb"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise UserError(f"{name} must be a positive number, got {value}")
@@ -160,6 +176,10 @@ class MeZOConfig:
                 raise UserError(f"{name} must be at least 1, got {value}")
         if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
             raise UserError(f"weight_decay must be 0 or more, got {self.weight_decay}")
+        if self.lora_variant == "alora" and not (self.use_peft and self.peft_type == "lora"):
+            raise UserError("lora_variant alora needs use_peft with peft_type lora")
+        if self.alora_invocation_tokens is not None and not self.alora_invocation_tokens:
+            raise UserError("alora_invocation_tokens is empty")
         if not 0 <= self.seed < 2**63:
             raise UserError(f"seed must lie in [0, 2**63), got {self.seed}")
         if self.validation_size < 0 or (self.validation_size >= 1 and self.validation_size % 1):
@@ -200,7 +220,10 @@ def coerced(name: str, value: object, hint: object) -> Any:
     if get_origin(wanted) is dict and isinstance(value, Mapping):
         return {label_key(key): str(word) for key, word in value.items()}
     if get_origin(wanted) is list and isinstance(value, Sequence):
-        return [value] if isinstance(value, str) else [str(entry) for entry in value]
+        (kind,) = get_args(wanted)
+        entries = [value] if isinstance(value, str) else value
+        with contextlib.suppress(TypeError, ValueError):
+            return [kind(entry) for entry in entries]
     if wanted is float and not isinstance(value, bool):
         with contextlib.suppress(TypeError, ValueError):
             return float(value)  # type: ignore[arg-type]

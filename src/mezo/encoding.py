@@ -13,7 +13,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from mezo.config import MeZOConfig, label_key
 from mezo.data import Row
 from mezo.errors import UserError
-from mezo.objective import Example, Target, TokenSequence
+from mezo.objective import Example, Target, TokenSequence, common_prefix
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ class _Tokens:
     def completion(self, prompt: str, answer: str, option: int, *, end: bool = False) -> TokenSequence:
         """Prompt and answer; the answer's tokens are the targets. Too long: the prompt loses its start."""
         ids = self.ids(prompt + answer)
-        start = _common_prefix(self.ids(prompt), ids)
+        start = common_prefix([tuple(self.ids(prompt)), tuple(ids)])
         if end and self.tokenizer.eos_token_id not in (None, *ids[-1:]):
             ids.append(self.tokenizer.eos_token_id)
         if start == len(ids):
@@ -377,11 +377,3 @@ def _single_token(tokens: _Tokens, word: str) -> int:
     if len(ids) != 1:
         raise UserError(f"label word {word.strip()!r} is {len(ids)} tokens for this model, one is needed")
     return ids[0]
-
-
-def _common_prefix(a: list[int], b: list[int]) -> int:
-    """Length of the longest common beginning."""
-    for i, (x, y) in enumerate(zip(a, b, strict=False)):
-        if x != y:
-            return i
-    return min(len(a), len(b))

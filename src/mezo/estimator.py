@@ -22,7 +22,8 @@ class Record:
     """What one step did along one direction; the unit of the journal.
 
     A step with several directions has one record for each, `query` = 0 … `num_queries` − 1. The update is
-    θ ← θ − learning_rate · Σ coefficient · z(seed). Losses are float64 means over the batch in nats.
+    θ ← θ − learning_rate · Σ coefficient · z(seed). Losses are float64 means over the batch in nats. `num_tokens` are
+    the batch's, which every probe asks for; `computed_tokens` went through the model in this step, under all probes.
     """
 
     step: int
@@ -35,6 +36,12 @@ class Record:
     num_examples: int
     query: int = 0
     num_queries: int = 1
+    computed_tokens: int = 0
+
+    @property
+    def asked_tokens(self) -> int:
+        """Tokens of the batch under all probes of the step."""
+        return 2 * self.num_queries * self.num_tokens
 
 
 class Outcome(NamedTuple):

@@ -83,6 +83,8 @@ _MAY_CHANGE = frozenset(
         "sglang_updates",
         "sglang_engine_args",
         "enable_kv_cache_optimization",
+        "kv_cache_gb",
+        "kv_cache_device",
         "dataset_name",
         "dataset_config",
         "eval_dataset_name",

@@ -7,7 +7,7 @@ A file is a header and then records, nothing else; it is only ever appended to.
              N bytes  JSON, UTF-8: versions, config, hash of the model's initial weights
              4 bytes  CRC-32 of everything before
     record  60 bytes  step u32, query u16, num_queries u16, seed u64, loss_plus f64, loss_minus f64,
-                      coefficient f64, learning_rate f64, num_tokens u32, num_examples u32, 4 zero bytes
+                      coefficient f64, learning_rate f64, num_tokens u32, num_examples u32, computed_tokens u32
              4 bytes  CRC-32 of the 60 bytes and of the record's index in the file
 
 A record is written before the weights move. A file that ends in the middle of a record, or of a step's records, was
@@ -32,7 +32,7 @@ MAGIC = b"MEZOJRNL"
 FORMAT_VERSION = 1
 _LENGTH = struct.Struct("<I")
 _CRC = struct.Struct("<I")
-_BODY = struct.Struct("<IHHQddddII4x")
+_BODY = struct.Struct("<IHHQddddIII")
 RECORD_SIZE = _BODY.size + _CRC.size
 _MAX_HEADER = 1 << 20
 
@@ -52,7 +52,7 @@ def pack(record: Record, index: int) -> bytes:
     """The 64 bytes of one record, the `index`-th of its file."""
     body = _BODY.pack(
         record.step, record.query, record.num_queries, record.seed, record.loss_plus, record.loss_minus,
-        record.coefficient, record.learning_rate, record.num_tokens, record.num_examples,
+        record.coefficient, record.learning_rate, record.num_tokens, record.num_examples, record.computed_tokens,
     )  # fmt: skip
     return body + _CRC.pack(_record_crc(body, index))
 
@@ -62,8 +62,8 @@ def unpack(data: bytes, index: int) -> Record | None:
     body = data[: _BODY.size]
     if _CRC.unpack_from(data, _BODY.size)[0] != _record_crc(body, index):
         return None
-    step, query, num_queries, seed, plus, minus, coefficient, learning_rate, tokens, examples = _BODY.unpack(body)
-    return Record(step, seed, plus, minus, coefficient, learning_rate, tokens, examples, query, num_queries)
+    step, query, num_queries, seed, plus, minus, coefficient, rate, tokens, examples, computed = _BODY.unpack(body)
+    return Record(step, seed, plus, minus, coefficient, rate, tokens, examples, query, num_queries, computed)
 
 
 def read(path: str | os.PathLike[str]) -> Contents:

@@ -15,7 +15,7 @@ Engines only compute log-probabilities; the functions here do the rest and know 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -32,10 +32,19 @@ class Target(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class TokenSequence:
-    """One row of input with its targets; `input_ids` holds no padding."""
+    """One row of input with its targets; `input_ids` holds no padding.
+
+    An activated LoRA acts from position `adapter_start` on; no target is read before it.
+    """
 
     input_ids: tuple[int, ...]
     targets: tuple[Target, ...]
+    adapter_start: int = field(default=0, repr=False)  # follows from the config; `repr` is what data_digest hashes
+
+    @property
+    def read_start(self) -> int:
+        """First position whose output is read."""
+        return min(t.position for t in self.targets)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +70,12 @@ class TargetScores(NamedTuple):
 
     logprobs_T: Tensor  # float32
     greedy_T: Tensor  # bool: the target is the most probable token
+
+
+def common_prefix(rows: Sequence[tuple[int, ...]]) -> int:
+    """Length of the longest beginning that all rows share."""
+    low, high = min(rows), max(rows)  # in lexical order the others lie between them
+    return next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))
 
 
 def option_scores(examples: Sequence[Example], logprobs_T: Tensor) -> Tensor:

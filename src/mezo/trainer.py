@@ -98,6 +98,8 @@ class MeZOTrainer:
         self._journal: journal.Journal | None = None
         self._recent: list[Record] = []  # since the last log entry
         self._log_time = time.perf_counter()
+        self._asked, self._computed = 0, 0  # tokens of all steps
+        self._token_seconds = math.inf  # of the step that computed its tokens fastest
         self._unfinished_step = False  # resumed behind a step whose log, evaluation or checkpoint may be missing
 
     # --- the step ---------------------------------------------------------------------------------------------------
@@ -107,9 +109,12 @@ class MeZOTrainer:
         step = self.state.global_step
         examples = [self.train_examples[i] for i in self.sampler(step)]
         probes = self.estimator.probes(step)
+        computed, started = self.engine.work.computed, time.perf_counter()
         losses_PN = self.engine.losses(examples, probes)
+        computed = round(self.engine.work.computed - computed)
+        self._token_seconds = min(self._token_seconds, (time.perf_counter() - started) / max(computed, 1))
         outcomes = self.estimator.outcomes(probes, [batch_loss(examples, losses_N) for losses_N in losses_PN])
-        records = self._records(examples, outcomes)
+        records = self._records(examples, outcomes, computed)
         if not all(map(is_finite, records)):
             raise NonFiniteLossError(self._non_finite_message(step, losses_PN.isfinite().all(dim=0).tolist()))
         assert self._journal is not None
@@ -117,9 +122,13 @@ class MeZOTrainer:
         self.engine.update(records)
         return records
 
-    def _records(self, examples: Sequence[Example], outcomes: Sequence[Outcome]) -> list[Record]:
-        num_tokens = sum(e.num_tokens for e in examples)
-        counts = {"num_tokens": num_tokens, "num_examples": len(examples), "num_queries": len(outcomes)}
+    def _records(self, examples: Sequence[Example], outcomes: Sequence[Outcome], computed: int) -> list[Record]:
+        counts = {
+            "num_tokens": sum(e.num_tokens for e in examples),
+            "num_examples": len(examples),
+            "num_queries": len(outcomes),
+            "computed_tokens": computed,
+        }
         return [
             Record(self.state.global_step, *outcome, self.config.learning_rate, query=query, **counts)
             for query, outcome in enumerate(outcomes)
@@ -160,9 +169,13 @@ class MeZOTrainer:
             self.state.global_step += 1
             self.state.epoch = self.sampler.epoch(self.state.global_step)
             self.state.num_input_tokens_seen += records[0].num_tokens
+            self._asked += records[0].asked_tokens
+            self._computed += records[0].computed_tokens
             self._recent += records
             self._event("on_step_end")
             self._act()
+        if self._recent or not any("tokens_asked" in entry for entry in self.state.log_history):
+            self.state.log_history.append(self._dated(self._reuse(), self.state.global_step))
         self._event("on_train_end")
 
     def _act(self) -> None:
@@ -196,10 +209,15 @@ class MeZOTrainer:
 
     def _train_logs(self) -> dict[str, float]:
         now = time.perf_counter()
-        tokens = 2 * sum(r.num_tokens for r in self._recent if r.query == 0)
-        logs = {**log_entry(self._recent), "tokens_per_second": tokens / (now - self._log_time)}
+        tokens = sum(r.asked_tokens for r in self._recent if r.query == 0)
+        logs = {**log_entry(self._recent), "tokens_per_second": tokens / (now - self._log_time), **self._reuse()}
         self._recent, self._log_time = [], now
         return logs
+
+    def _reuse(self) -> dict[str, float]:
+        """What was not computed anew since the first step, and a low estimate of the time that it would have taken."""
+        saved = (self._asked - self._computed) * self._token_seconds if math.isfinite(self._token_seconds) else 0.0
+        return {**reuse_entry(self._asked, self._computed), "seconds_saved": round(saved, 3)}
 
     def _log(self, logs: dict[str, float]) -> None:
         self.state.log_history.append(self._dated(logs, self.state.global_step))
@@ -308,11 +326,16 @@ class MeZOTrainer:
         for name in ("log_history", "best_metric", "best_global_step", "best_model_checkpoint"):
             setattr(self.state, name, getattr(saved, name))
         logged = max((int(entry["step"]) for entry in self.state.log_history if "loss" in entry), default=0)
-        for step, records in enumerate(steps[logged:], start=logged + 1):
+        for step, records in enumerate(steps, start=1):
+            self._asked += records[0].asked_tokens
+            self._computed += records[0].computed_tokens
+            if step <= logged:
+                continue
             self._recent += records
             first = step == 1 and self.config.logging_first_step
             if step < len(steps) and (first or step % self.config.logging_steps == 0):
-                self.state.log_history.append(self._dated(log_entry(self._recent), step))
+                entry = {**log_entry(self._recent), **reuse_entry(self._asked, self._computed)}
+                self.state.log_history.append(self._dated(entry, step))
                 self._recent = []
         self.state.global_step = len(steps)
         self.state.epoch = self.sampler.epoch(len(steps))
@@ -344,6 +367,12 @@ def log_entry(records: Sequence[Record]) -> dict[str, float]:
         "loss_minus": last.loss_minus,
         "learning_rate": last.learning_rate,
     }
+
+
+def reuse_entry(asked: int, computed: int) -> dict[str, float]:
+    """Tokens of all rows under all probes, those that went through the model, and the share that did not."""
+    percent = round(100 * (1 - computed / max(asked, 1)), 2)
+    return {"tokens_asked": asked, "tokens_computed": computed, "reuse_percent": percent}
 
 
 def state_json(state: TrainerState) -> str:

@@ -12,7 +12,7 @@ from typing import NoReturn, TypeVar, get_type_hints
 import tyro
 
 from mezo import __version__
-from mezo.cli.options import EvalOptions, MergeOptions, PresetsOptions, ReplayOptions
+from mezo.cli.options import EvalOptions, InspectOptions, MergeOptions, PresetsOptions, ReplayOptions
 from mezo.config import PRESETS, MeZOConfig, coerced, preset, unknown_key_message
 from mezo.errors import EngineError, NonFiniteLossError, UserError
 
@@ -65,6 +65,13 @@ def _replay(argv: list[str]) -> None:
     replay(options)
 
 
+def _inspect(argv: list[str]) -> None:
+    options = _parse(InspectOptions, _positional(argv, "run"), "mezo inspect")
+    from mezo.cli.commands import inspect
+
+    inspect(options)
+
+
 def _merge(argv: list[str]) -> None:
     options = _parse(MergeOptions, argv, "mezo merge")
     from mezo.cli.commands import merge
@@ -94,6 +101,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     ),
     "eval": (_eval, "accuracy and loss of a model, or of a model with an adapter"),
     "replay": (_replay, "rebuild the trained weights from the base model and the journal alone"),
+    "inspect": (_inspect, "summary of a run's journal: settings, steps, losses, tokens computed and reused"),
     "merge": (_merge, "add a LoRA adapter to its base model and save a transformers model"),
     "presets": (_presets, "list the paper's settings for --preset"),
     "env": (_env, "versions and hardware, for bug reports"),

@@ -16,7 +16,7 @@ from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
 from mezo import api
-from mezo.cli.options import EvalOptions, MergeOptions, ReplayOptions
+from mezo.cli.options import EvalOptions, InspectOptions, MergeOptions, ReplayOptions
 from mezo.config import MeZOConfig
 from mezo.evaluation import Metrics
 from mezo.kernels import cpu as cpu_kernels
@@ -74,6 +74,16 @@ def replay(options: ReplayOptions) -> None:
     _quiet()
     path = api.replay(options.run, options.output_dir, model_name_or_path=options.model_name_or_path, step=options.step)
     print(f"rebuilt: {path}")
+
+
+def inspect(options: InspectOptions) -> None:
+    """`mezo inspect`."""
+    facts = api.summary(options.run)
+    if options.json:
+        print(json.dumps(facts))
+        return
+    for name, value in facts.items():
+        print(f"{name:22} {f'{value:,.6g}' if isinstance(value, float) else value}")
 
 
 def merge(options: MergeOptions) -> None:

@@ -65,6 +65,19 @@ class ReplayOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class InspectOptions:
+    """Summary of RUN's journal: settings, steps, losses, tokens computed and reused.
+
+    Args:
+        run: Folder of the run, or its journal.
+        json: Print one JSON object instead of a table.
+    """
+
+    run: str
+    json: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class MergeOptions:
     """Adds a LoRA adapter to its base model's weights and saves a transformers model.
 

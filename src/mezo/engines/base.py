@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -14,11 +15,22 @@ from mezo.estimator import Probe, Record
 from mezo.objective import Example, TargetScores
 
 
+@dataclass
+class Work:
+    """Tokens of all training steps so far."""
+
+    asked: int = 0  # of all rows under all probes
+    computed: float = 0.0  # that went through the model; through a part of its layers: that part of a token
+
+
 class Engine(Protocol):
     """A model with a parameter space in it. `losses` never changes the weights; `update` is their only mover.
 
-    `model` and `tokenizer` are what callbacks get to see; `model` is None where it lives in another process.
+    `model` and `tokenizer` are what callbacks get to see; `model` is None where it lives in another process. `work` is
+    what `losses` has cost so far.
     """
+
+    work: Work
 
     @property
     def model(self) -> torch.nn.Module | None:

@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from mezo import philox
+from mezo.engines.base import Work
 from mezo.engines.sglang.client import Client, rows_body, split, worker_state
 from mezo.engines.sglang.plugin import ADAPTER_MARK
 from mezo.engines.torch.engine import trained_parameters
@@ -86,6 +87,7 @@ class SGLangEngine:
         self._in_slots: tuple[Probe, ...] = ()
         self._pool = ThreadPoolExecutor(max_workers=len(clients)) if len(clients) > 1 else None
         self._attached = False
+        self.work = Work()
 
     @property
     def model(self) -> None:
@@ -99,6 +101,7 @@ class SGLangEngine:
 
     def losses(self, examples: Sequence[Example], probes: Sequence[Probe]) -> Tensor:
         """See `Engine.losses`."""
+        self.work.asked += len(probes) * sum(e.num_tokens for e in examples)
         scores = self._scores(examples, probes, greedy=False)
         return torch.stack([example_losses(examples, s.logprobs_T) for s in scores])
 

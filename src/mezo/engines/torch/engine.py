@@ -1,61 +1,97 @@
 """The torch engine: transformers models, LoRA, prefixes and dense full-parameter directions on CPU or GPU.
 
-One probe is one plain forward pass inside `PerturbedForward`. Shapes: R rows (sequences), S positions, D hidden size,
-V vocabulary or classes, Q positions whose logits are read, T targets, N examples, P probes.
+One probe is one plain forward pass inside `PerturbedForward`; the probes of a LoRA are one pass inside `BatchedLoRA`.
+A batch may be cut into stages, so that prefixes are computed once. Shapes: R rows (sequences), S positions, D hidden
+size, V vocabulary or classes, Q positions whose logits are read, T targets, N examples, P probes.
 """
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch.nn.utils.rnn import pad_sequence
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutput
 
 from mezo.adapter import canonical_name
+from mezo.engines.base import Work
+from mezo.engines.torch.layers import FrozenLayers, first_trained_layer
+from mezo.engines.torch.lora import BatchedLoRA
 from mezo.engines.torch.perturbed import PerturbedForward
+from mezo.engines.torch.reuse import Stage, TensorStore, cache_of_rows, rows_of_cache, shared_prefixes
 from mezo.engines.torch.space import ParameterSpace, tensors_digest
 from mezo.estimator import Probe, Record
-from mezo.objective import Example, TargetScores, example_losses
+from mezo.objective import Example, TargetScores, TokenSequence, example_losses
 
 logger = logging.getLogger(__name__)
+
+_WEIGHTS_THEMSELVES = Probe(0, 0.0)
+
+
+class Past(NamedTuple):
+    """Keys and values of what stands before a stage, and which of them are padding."""
+
+    cache: DynamicCache
+    mask_RS: Tensor
+
+    def of_rows(self, parents: Sequence[int], num_probes: int) -> Past:
+        """For each row of a next stage that of its parent; probe by probe."""
+        rows = len(self.mask_RS) // num_probes
+        if list(parents) == list(range(rows)):
+            return self
+        index = torch.tensor([p * rows + parent for p in range(num_probes) for parent in parents])
+        index = index.to(self.mask_RS.device)
+        self.cache.batch_select_indices(index)
+        return Past(self.cache, self.mask_RS[index])
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Examples as tensors: padded rows, and where to read which log-probability."""
+    """The last stage of a batch as tensors, all rows once for each of P probes, and where to read which logit."""
 
-    input_ids_RS: Tensor
-    attention_mask_RS: Tensor
+    inputs: dict[str, Tensor]
     row_Q: Tensor
     position_Q: Tensor
-    query_T: Tensor  # index into Q of each target
+    query_T: Tensor  # index into Q of each target of the first probe
     token_T: Tensor
 
     @classmethod
-    def from_examples(cls, examples: Sequence[Example], pad_token_id: int, device: torch.device) -> Batch:
-        """Rows padded on the right to the longest one."""
-        sequences = [s for e in examples for s in e.sequences]
-        longest = max(len(s.input_ids) for s in sequences)
-        input_ids_RS = torch.full((len(sequences), longest), pad_token_id)
-        attention_mask_RS = torch.zeros_like(input_ids_RS)
+    def from_stage(
+        cls, stage: Stage, sequences: Sequence[TokenSequence], num_probes: int, pad_token_id: int, device: torch.device
+    ) -> Batch:
+        """Rows padded on the right to the longest one; `sequences` are the rows of the stage."""
         queries: dict[tuple[int, int], int] = {}
         targets: list[tuple[int, int]] = []
-        for row, sequence in enumerate(sequences):
-            input_ids_RS[row, : len(sequence.input_ids)] = torch.tensor(sequence.input_ids)
-            attention_mask_RS[row, : len(sequence.input_ids)] = 1
+        for row, (sequence, start) in enumerate(zip(sequences, stage.starts, strict=True)):
             for t in sequence.targets:
-                targets.append((queries.setdefault((row, t.position), len(queries)), t.token))
+                targets.append((queries.setdefault((row, t.position - start), len(queries)), t.token))
         row_Q, position_Q = torch.tensor(list(queries)).T
         query_T, token_T = torch.tensor(targets).T
-        tensors = (input_ids_RS, attention_mask_RS, row_Q, position_Q, query_T, token_T)
-        return cls(*(t.to(device) for t in tensors))
+        row_Q = torch.cat([row_Q + p * len(sequences) for p in range(num_probes)])
+        tensors = (row_Q, position_Q.repeat(num_probes), query_T, token_T)
+        return cls(padded(stage, num_probes, pad_token_id, device), *(t.to(device) for t in tensors))
+
+
+def padded(stage: Stage, num_probes: int, pad_token_id: int, device: torch.device) -> dict[str, Tensor]:
+    """Token ids, their mask and their positions [P · R, S]; rows are padded on the right, probe by probe."""
+    longest = max(map(len, stage.chunks))
+    input_ids_RS = torch.full((len(stage.chunks), longest), pad_token_id)
+    mask_RS = torch.zeros_like(input_ids_RS)
+    for row, chunk in enumerate(stage.chunks):
+        input_ids_RS[row, : len(chunk)] = torch.tensor(chunk)
+        mask_RS[row, : len(chunk)] = 1
+    position_ids_RS = (torch.tensor(stage.starts)[:, None] + torch.arange(longest)) * mask_RS
+    tensors = {"input_ids": input_ids_RS, "attention_mask": mask_RS, "position_ids": position_ids_RS}
+    return {name: t.repeat(num_probes, 1).to(device) for name, t in tensors.items()}
 
 
 class TorchEngine:
@@ -70,6 +106,9 @@ class TorchEngine:
         weight_decay: decoupled weight decay of `update`.
         train_batch_size: examples in one forward pass of `losses`.
         eval_batch_size: examples in one forward pass of `score`.
+        share: compute once what is exactly the same, see `mezo.engines.torch.reuse`; if not, every row whole.
+        store_bytes: memory for what is kept from step to step.
+        store_device: where that lies; beside the model if not given.
     """
 
     def __init__(
@@ -82,6 +121,9 @@ class TorchEngine:
         weight_decay: float = 0.0,
         train_batch_size: int = 64,
         eval_batch_size: int = 64,
+        share: bool = True,
+        store_bytes: int = 4_000_000_000,
+        store_device: torch.device | None = None,
     ):
         self._model = model
         self._tokenizer = tokenizer
@@ -91,6 +133,16 @@ class TorchEngine:
         self.eval_batch_size = eval_batch_size
         self._transformer: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model
         self._checked_reads = False
+        self._share = share
+        self._store = TensorStore(store_bytes if share else 0, store_device or model.device)
+        self.work = Work()
+        self._lora = BatchedLoRA(model, self.space) if BatchedLoRA.fits(model, self.space) else None
+        arguments = inspect.signature(self._transformer.forward).parameters
+        self._is_decoder = "past_key_values" in arguments and not self._transformer.config.is_encoder_decoder
+        self._accepted = {n for n in ("attention_mask", "position_ids", "use_cache") if n in arguments}
+        # PEFT's prefix tuning brings keys and values of its own.
+        self._has_prefix = isinstance(model, PeftModel) and model.peft_config["default"].is_prompt_learning
+        self._frozen = self._frozen_layers()
 
     @property
     def model(self) -> PreTrainedModel | PeftModel:
@@ -106,30 +158,36 @@ class TorchEngine:
     def losses(self, examples: Sequence[Example], probes: Sequence[Probe]) -> Tensor:
         """See `Engine.losses`."""
         losses_PN = torch.empty(len(probes), len(examples))
+        self.work.asked += len(probes) * sum(e.num_tokens for e in examples)
+        # All probes of a LoRA in one traversal; of dense directions, which would need P copies of each weight, in turn.
+        together = [probes] if self._lora is not None and self._share else [[probe] for probe in probes]
         for group_G in self._groups(examples, self.train_batch_size):
             part = [examples[n] for n in group_G]
-            batch = self._batch(part)
-            for p, probe in enumerate(probes):
-                scores = self._forward(batch, probe, greedy=False)
-                losses_PN[p, group_G] = example_losses(part, scores.logprobs_T).cpu()
+            scores = [score for some in together for score in self._scores(part, some, greedy=False)]
+            for p, score in enumerate(scores):
+                losses_PN[p, group_G] = example_losses(part, score.logprobs_T).cpu()
         return losses_PN
 
     @torch.no_grad()
     def score(self, examples: Sequence[Example]) -> TargetScores:
         """See `Engine.score`."""
         parts: dict[int, TargetScores] = {}
+        computed = self.work.computed
         for group_G in self._groups(examples, self.eval_batch_size):
             part = [examples[n] for n in group_G]
-            scores = self._forward(self._batch(part), None, greedy=True)
+            (scores,) = self._scores(part, [_WEIGHTS_THEMSELVES], greedy=True)
             counts_G = [sum(len(s.targets) for s in e.sequences) for e in part]
             columns = [t.cpu().split(counts_G) for t in scores]
             parts |= {n: TargetScores(*column) for n, column in zip(group_G, zip(*columns, strict=True), strict=True)}
+        self.work.computed = computed  # the work of training is counted
         return TargetScores(*map(torch.cat, zip(*(parts[n] for n in range(len(examples))), strict=True)))
 
     @torch.no_grad()
     def update(self, records: Sequence[Record]) -> None:
         """See `Engine.update`."""
         self.space.update(records, self.weight_decay)
+        if self._lora is not None:
+            self._lora.changed()
 
     def save(self, folder: Path) -> None:
         """See `Engine.save`."""
@@ -145,10 +203,13 @@ class TorchEngine:
         if isinstance(self.model, PeftModel):
             weights = load_peft_weights(str(folder), device="cpu")
             set_peft_model_state_dict(self.model, weights)
+            if self._lora is not None:
+                self._lora.changed()
             return
         saved = type(self.model).from_pretrained(folder, dtype=self.model.dtype)
         for name, parameter in saved.named_parameters():
-            self.space.parameters[name].copy_(parameter)
+            if name in self.space.parameters:
+                self.space.parameters[name].copy_(parameter)
 
     def digest(self) -> str:
         """See `Engine.digest`. Covers what is saved, frozen parts of a fresh head included."""
@@ -164,26 +225,133 @@ class TorchEngine:
         groups: list[list[int]] = []
         for first in range(0, len(examples), batch_size):
             part = examples[first : first + batch_size]
-            shapes = [(len(e.sequences), max(len(s.input_ids) for s in e.sequences)) for e in part]
-            dense = not isinstance(self.model, PeftModel)
-            groups += [[first + n for n in group] for group in length_groups(shapes, 500 if dense else 100)]
+            shapes = [(len(e.sequences), max(len(s.input_ids) - s.adapter_start for s in e.sequences)) for e in part]
+            groups += [[first + n for n in group] for group in length_groups(shapes, self._pass_cost)]
         return groups
 
-    def _batch(self, examples: Sequence[Example]) -> Batch:
-        pad_token_id = self.tokenizer.pad_token_id
-        return Batch.from_examples(examples, 0 if pad_token_id is None else pad_token_id, self.model.device)
+    @property
+    def _pass_cost(self) -> int:
+        """What one more forward pass costs, in tokens: a dense direction is drawn anew in each."""
+        return 100 if isinstance(self.model, PeftModel) else 500
 
-    def _forward(self, batch: Batch, probe: Probe | None, *, greedy: bool) -> TargetScores:
-        perturbed = PerturbedForward(self.space, probe) if probe is not None else nullcontext()
-        with perturbed, _LastHidden(self._transformer, batch):
-            logits = self.model(input_ids=batch.input_ids_RS, attention_mask=batch.attention_mask_RS).logits
-        if isinstance(perturbed, PerturbedForward) and not self._checked_reads:
-            self._report_unread(perturbed.read_names)
+    def _scores(self, examples: Sequence[Example], probes: Sequence[Probe], *, greedy: bool) -> list[TargetScores]:
+        """Scores under each probe, from one traversal of the model."""
+        sequences = [s for e in examples for s in e.sequences]
+        past: Past | None = None
+        stages = [Stage([s.input_ids for s in sequences], list(range(len(sequences))), [0] * len(sequences))]
+        if any(s.adapter_start for s in sequences):
+            past = self._prompts(sequences, len(probes))
+            starts = [s.adapter_start for s in sequences]
+            chunks = [s.input_ids[start:] for s, start in zip(sequences, starts, strict=True)]
+            stages = [Stage(chunks, list(range(len(sequences))), starts)]
+        elif self._share and self._is_decoder and not self._has_prefix and self._frozen is None:
+            stages = shared_prefixes(examples, self._pass_cost)
+        frozen = nullcontext() if self._frozen is None else self._below(self._frozen, sequences, len(probes))
+        moved = probes[0].scale != 0.0
+        dense = PerturbedForward(self.space, probes[0]) if self._lora is None and moved else None
+        with self._lora(probes) if self._lora is not None else dense or nullcontext(), frozen:
+            for stage in stages[:-1]:
+                past = self._extend(past, stage, len(probes))
+            scores = self._read(past, stages[-1], sequences, len(probes), greedy)
+        reader = self._lora or dense
+        if moved and reader is not None and not self._checked_reads:
+            self._report_unread(reader.read_names)
+        share = 1.0 if self._frozen is None else 1.0 - self._frozen.share
+        self.work.computed += share * len(probes) * sum(stage.num_tokens for stage in stages)
+        return scores
+
+    def _prompts(self, sequences: Sequence[TokenSequence], num_probes: int) -> Past:
+        """Keys and values of the tokens before an activated LoRA acts: the base model's, from the store if there."""
+        wanted = [s.input_ids[: s.adapter_start] for s in sequences]
+        found: dict[tuple[int, ...], Tensor] = {}
+        for key in set(wanted):
+            kept = self._store.get(key)
+            if kept is not None:
+                found[key] = kept
+        rows = set(wanted) if self._share else wanted
+        missing = sorted((key for key in rows if key and key not in found), key=len)
+        assert isinstance(self.model, PeftModel)
+        for first in range(0, len(missing), self.train_batch_size):
+            keys = missing[first : first + self.train_batch_size]
+            with self.model.disable_adapter():
+                past = self._extend(None, Stage(keys, [0] * len(keys), [0] * len(keys)), 1)
+            for key, prefix in zip(keys, rows_of_cache(past.cache, list(map(len, keys))), strict=True):
+                found[key] = prefix
+                self._store.put(key, prefix)
+            self.work.computed += sum(map(len, keys))
+        some = next(iter(found.values()))
+        found[()] = some[:, :, :, :0]
+        return Past(*cache_of_rows([found[key] for key in wanted], num_probes, self.model.device))
+
+    def _below(self, frozen: FrozenLayers, sequences: Sequence[TokenSequence], num_probes: int) -> ExitStack:
+        """A context in which the frozen layers' outputs are taken from the store, or computed once."""
+        rows = [s.input_ids for s in sequences]
+        found = {key: kept for key in set(rows) if (kept := self._store.get(key)) is not None}
+        missing = sorted(set(rows) - set(found), key=len)
+        if missing:
+            stage = Stage(missing, list(range(len(missing))), [0] * len(missing))
+            hidden_RSD = frozen.hidden_states(self._inputs(padded(stage, 1, self._pad, self.model.device), None))
+            for key, states_SD in zip(missing, hidden_RSD, strict=True):
+                found[key] = states_SD[: len(key)]
+                self._store.put(key, found[key])
+            self.work.computed += frozen.share * stage.num_tokens
+        states = [found[key].to(self.model.device) for key in rows]
+        return frozen.skipped(pad_sequence(states, batch_first=True).repeat(num_probes, 1, 1))
+
+    def _extend(self, past: Past | None, stage: Stage, num_probes: int) -> Past:
+        """Keys and values of one more stage."""
+        inputs = padded(stage, num_probes, self._pad, self.model.device)
+        own_mask_RS = inputs["attention_mask"]
+        past = Past(DynamicCache(), own_mask_RS[:, :0]) if past is None else past.of_rows(stage.parents, num_probes)
+        decoder = self._transformer.get_decoder()
+        decoder(**self._inputs(inputs, past), past_key_values=past.cache, use_cache=True)
+        return Past(past.cache, torch.cat((past.mask_RS, own_mask_RS), dim=1))
+
+    def _read(
+        self, past: Past | None, stage: Stage, sequences: Sequence[TokenSequence], num_probes: int, greedy: bool
+    ) -> list[TargetScores]:
+        """The last stage, and the log-probabilities of its targets under each probe."""
+        batch = Batch.from_stage(stage, sequences, num_probes, self._pad, self.model.device)
+        cached: dict[str, object] = {"use_cache": False} if "use_cache" in self._accepted else {}
+        if past is not None:
+            past = past.of_rows(stage.parents, num_probes)
+            cached = {"past_key_values": past.cache, "use_cache": True}
+        model = self.model if self._has_prefix else self._transformer
+        with _LastHidden(self._transformer, batch):
+            logits = model(**self._inputs(batch.inputs, past), **cached).logits
         assert logits.ndim == 2 or logits.shape[:2] == (1, len(batch.row_Q)), "the head did not see the selected states"
         logits_QV = (logits[batch.row_Q] if logits.ndim == 2 else logits[0]).float()
-        logprobs_T = logits_QV[batch.query_T, batch.token_T] - logits_QV.logsumexp(dim=1)[batch.query_T]
-        best_T = logits_QV.argmax(dim=1)[batch.query_T] if greedy else torch.zeros_like(batch.token_T)
-        return TargetScores(logprobs_T, best_T == batch.token_T)
+        scores = []
+        for part_QV in logits_QV.chunk(num_probes):
+            logprobs_T = part_QV[batch.query_T, batch.token_T] - part_QV.logsumexp(dim=1)[batch.query_T]
+            best_T = part_QV.argmax(dim=1)[batch.query_T] if greedy else torch.zeros_like(batch.token_T)
+            scores.append(TargetScores(logprobs_T, best_T == batch.token_T))
+        return scores
+
+    def _inputs(self, inputs: dict[str, Tensor], past: Past | None) -> dict[str, Tensor]:
+        """What the model takes of a stage. Positions go with a past only, which may hold padding in the middle."""
+        taken = {"input_ids": inputs["input_ids"]}
+        if past is not None:
+            taken["attention_mask"] = torch.cat((past.mask_RS, inputs["attention_mask"]), dim=1)
+            taken["position_ids"] = inputs["position_ids"]
+        elif not self._is_decoder or self._has_prefix:
+            taken["attention_mask"] = inputs["attention_mask"]
+        # A decoder's rows are padded behind what is read, so without a past they need no mask, and attention no
+        # kernel that takes one.
+        return {name: t for name, t in taken.items() if name == "input_ids" or name in self._accepted}
+
+    @property
+    def _pad(self) -> int:
+        pad_token_id = self.tokenizer.pad_token_id
+        return 0 if pad_token_id is None else pad_token_id
+
+    def _frozen_layers(self) -> FrozenLayers | None:
+        if not self._share or self._has_prefix or not self.space.parameters:
+            return None
+        count = first_trained_layer(self._transformer, self.space.parameters.values())
+        if not count:
+            return None
+        return FrozenLayers(self._transformer, min(count, self._transformer.config.num_hidden_layers - 1))
 
     def _report_unread(self, read_names: set[str]) -> None:
         self._checked_reads = True
@@ -247,7 +415,7 @@ class _LastHidden:
 
 
 def trained_parameters(model: PreTrainedModel | PeftModel) -> dict[str, Tensor]:
-    """Parameters to train by canonical name: those of the adapter, or all of a bare model."""
+    """Parameters to train, which require gradients in PyTorch's terms, by canonical name."""
     if not isinstance(model, PeftModel):
-        return {name: p for name, p in model.named_parameters() if p.is_floating_point()}
+        return {name: p for name, p in model.named_parameters() if p.is_floating_point() and p.requires_grad}
     return {canonical_name(name): p for name, p in model.named_parameters() if p.requires_grad}

@@ -1,0 +1,154 @@
+"""Transformer layers by number: what `trainable_layers` means, and forward passes that start above frozen layers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from contextlib import ExitStack
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from mezo.errors import UserError
+
+_LAST = re.compile(r"last:(\d+)")
+
+
+def last_layers(spec: str | None) -> int | None:
+    """k of `last:k`, or None for a pattern."""
+    found = _LAST.fullmatch(spec or "")
+    return int(found[1]) if found else None
+
+
+def trainable_names(model: PreTrainedModel, spec: str) -> list[str]:
+    """Names of the parameters that `trainable_layers` means.
+
+    Raises:
+        UserError: there are none, or not so many layers.
+    """
+    names = [name for name, p in model.named_parameters() if p.is_floating_point()]
+    count = last_layers(spec)
+    if count is None:
+        try:
+            chosen = [name for name in names if re.search(spec, name)]
+        except re.error as error:
+            raise UserError(f"trainable_layers {spec!r} is no regular expression: {error}") from None
+        if not chosen:
+            raise UserError(f"trainable_layers {spec!r} matches no parameter; the first are {', '.join(names[:3])}")
+        return chosen
+    prefix, layers = transformer_layers(model)
+    first = first_layer(count, len(layers))
+    return [name for name in names if (_number(name, prefix) or 0) >= first or _is_above(model, name, prefix)]
+
+
+def first_layer(count: int, num_layers: int) -> int:
+    """Number of the first of the last `count` layers."""
+    if not 0 < count <= num_layers:
+        raise UserError(f"trainable_layers last:{count}: the model has {num_layers} layers")
+    return num_layers - count
+
+
+def transformer_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """The list of the model's layers, and its name."""
+    wanted = getattr(model.config, "num_hidden_layers", None)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == wanted and len(set(map(type, module))) == 1:
+            return name, module
+    raise UserError(f"trainable_layers: no list of layers was found in {type(model).__name__}")
+
+
+def first_trained_layer(model: PreTrainedModel, trained: Iterable[Tensor]) -> int:
+    """Number of the lowest layer with a trained parameter; 0 if one below all layers is trained."""
+    try:
+        prefix, layers = transformer_layers(model)
+    except UserError:
+        return 0
+    wanted = {id(p) for p in trained}
+    lowest = len(layers)
+    for name, parameter in model.named_parameters():
+        if id(parameter) in wanted:
+            number = _number(name, prefix)
+            if number is None:
+                number = len(layers) if _is_above(model, name, prefix) else 0
+            lowest = min(lowest, number)
+    return lowest
+
+
+def _number(name: str, prefix: str) -> int | None:
+    found = re.match(rf"{re.escape(prefix)}\.(\d+)\.", name)
+    return int(found[1]) if found else None
+
+
+def _is_above(model: PreTrainedModel, name: str, prefix: str) -> bool:
+    """Norms and classification heads behind the last layer. Embeddings and a language-model head stay out."""
+    if _number(name, prefix) is not None or "embed" in name or "project_in" in name or re.search(r"\bw[tp]e\b", name):
+        return False
+    head = model.get_output_embeddings()
+    return head is None or all(p is not model.get_parameter(name) for p in head.parameters())
+
+
+class FrozenLayers:
+    """The layers below the first trained one, whose outputs are the same for every probe and step.
+
+    Args:
+        model: the transformers model.
+        count: how many layers are frozen, from the bottom.
+    """
+
+    def __init__(self, model: PreTrainedModel, count: int):
+        self.model = model
+        self.count = count
+        self.layers = transformer_layers(model)[1]
+        self._returns_tuple = False
+
+    @property
+    def share(self) -> float:
+        """Share of all layers."""
+        return self.count / len(self.layers)
+
+    def hidden_states(self, inputs: dict[str, Any]) -> Tensor:
+        """What enters the first trained layer, [R, S, D]."""
+        captured: list[Tensor] = []
+
+        def note_type(module: nn.Module, args: Any, output: Any) -> None:
+            self._returns_tuple = isinstance(output, tuple)
+
+        def capture(hidden_RSD: Tensor, *args: Any, **kwargs: Any) -> Any:
+            captured.append(hidden_RSD)
+            return self._wrapped(hidden_RSD)
+
+        with ExitStack() as stack:
+            handle = self.layers[0].register_forward_hook(note_type)
+            stack.callback(handle.remove)
+            for layer in self.layers[self.count :]:
+                stack.enter_context(_Forward(layer, capture))
+            self.model.base_model(**inputs)
+        return captured[0]
+
+    def skipped(self, hidden_RSD: Tensor) -> ExitStack:
+        """A context in which a forward pass takes these hidden states for the frozen layers' output."""
+        stack = ExitStack()
+
+        def identity(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+            return self._wrapped(hidden_RSD)
+
+        for layer in self.layers[: self.count]:
+            stack.enter_context(_Forward(layer, identity))
+        return stack
+
+    def _wrapped(self, hidden: Tensor) -> Any:
+        return (hidden,) if self._returns_tuple else hidden
+
+
+class _Forward:
+    """Context in which a module has another `forward`."""
+
+    def __init__(self, module: nn.Module, forward: Any):
+        self._module, self._forward = module, forward
+
+    def __enter__(self) -> None:
+        self._module.forward = self._forward
+
+    def __exit__(self, *exception: object) -> None:
+        del self._module.forward

@@ -1,0 +1,138 @@
+"""What can be computed once and stay exact: prefixes that rows share, prompts of an activated LoRA, frozen layers.
+
+Keys and values depend on every weight below them, so they are only good under the weights and the probe that they were
+computed with. Shapes: R rows, S positions, L layers, H key/value heads, D dimensions of a head or of the hidden state.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from mezo.objective import Example, common_prefix
+
+
+class TensorStore:
+    """Tensors by key within a byte budget; the least recently used goes first.
+
+    Args:
+        budget: bytes.
+        device: where they lie.
+    """
+
+    def __init__(self, budget: int, device: torch.device):
+        self._budget = budget
+        self._device = device
+        self._tensors: OrderedDict[Hashable, Tensor] = OrderedDict()
+        self.num_bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def get(self, key: Hashable) -> Tensor | None:
+        """The tensor, where it lies, or None."""
+        if key not in self._tensors:
+            return None
+        self._tensors.move_to_end(key)
+        return self._tensors[key]
+
+    def put(self, key: Hashable, tensor: Tensor) -> None:
+        """Keeps a tensor, if the budget is not below its size."""
+        size = tensor.numel() * tensor.element_size()
+        if size > self._budget or key in self._tensors:
+            return
+        while self.num_bytes + size > self._budget:
+            _, dropped = self._tensors.popitem(last=False)
+            self.num_bytes -= dropped.numel() * dropped.element_size()
+        self._tensors[key] = tensor.to(self._device, copy=True)
+        self.num_bytes += size
+
+    def clear(self) -> None:
+        """Forgets everything."""
+        self._tensors.clear()
+        self.num_bytes = 0
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One forward pass of a batch that is cut into shared prefixes and the rest.
+
+    Row i holds `chunks[i]` and goes on from keys and values of row `parents[i]` of the stage before.
+    """
+
+    chunks: list[tuple[int, ...]]
+    parents: list[int]
+    starts: list[int]  # position of each chunk's first token
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the pass computes."""
+        return sum(map(len, self.chunks))
+
+
+def shared_prefixes(examples: Sequence[Example], pass_cost: int) -> list[Stage]:
+    """Stages that compute a prefix common to all rows, and one common to the rows of an example, only once.
+
+    Positions that are read stay in the last stage, which has the sequences of the examples as its rows, in order.
+
+    Args:
+        examples: of one batch.
+        pass_cost: what one more pass costs, in tokens; a stage that saves less is left out.
+    """
+    sequences = [s for e in examples for s in e.sequences]
+    owners = [n for n, e in enumerate(examples) for _ in e.sequences]
+    own = [common_prefix([s.input_ids[: s.read_start] for s in e.sequences]) for e in examples]
+    prompts = [e.sequences[0].input_ids[:length] for e, length in zip(examples, own, strict=True)]
+
+    def saved_by_grouping(common: int) -> int:
+        return sum((len(e.sequences) - 1) * (length - common) for e, length in zip(examples, own, strict=True))
+
+    # A row without any token would attend to nothing.
+    common = common_prefix(prompts)
+    grouped = saved_by_grouping(common) > pass_cost and min(own) > 0
+    if common * ((len(examples) if grouped else len(sequences)) - 1) <= pass_cost:
+        common = 0
+        grouped = saved_by_grouping(0) > pass_cost and min(own) > 0
+    stages = []
+    if common:
+        stages.append(Stage([prompts[0][:common]], [0], [0]))
+    if grouped:
+        stages.append(Stage([p[common:] for p in prompts], [0] * len(prompts), [common] * len(prompts)))
+    starts = [own[n] if grouped else common for n in owners]
+    parents = owners if grouped else [0] * len(sequences)
+    chunks = [s.input_ids[start:] for s, start in zip(sequences, starts, strict=True)]
+    return [*stages, Stage(chunks, parents, starts)]
+
+
+def cache_of_rows(prefixes: Sequence[Tensor], num_probes: int, device: torch.device) -> tuple[DynamicCache, Tensor]:
+    """A key/value cache of rows with different prefixes, once for every probe, and its attention mask [P · R, S].
+
+    Args:
+        prefixes: keys and values [L, 2, H, S, D] of each row's prefix; they are padded on the right.
+        num_probes: P.
+        device: where the model is.
+    """
+    lengths = torch.tensor([p.shape[3] for p in prefixes])
+    longest = int(lengths.max())
+    layers, _, heads, _, width = prefixes[0].shape
+    kv_L2RHSD = prefixes[0].new_zeros((layers, 2, len(prefixes), heads, longest, width), device=device)
+    for row, prefix in enumerate(prefixes):
+        kv_L2RHSD[:, :, row, :, : prefix.shape[3]] = prefix
+    if num_probes > 1:
+        kv_L2RHSD = kv_L2RHSD.repeat(1, 1, num_probes, 1, 1, 1)
+    cache = DynamicCache()
+    for layer, (keys, values) in enumerate(kv_L2RHSD):
+        cache.update(keys, values, layer)
+    mask_RS = torch.arange(longest) < lengths[:, None]
+    return cache, mask_RS.long().repeat(num_probes, 1).to(device)
+
+
+def rows_of_cache(cache: DynamicCache, lengths: Sequence[int]) -> list[Tensor]:
+    """Keys and values [L, 2, H, S, D] of each row, without its padding."""
+    kv_L2RHSD = torch.stack([torch.stack((layer.keys, layer.values)) for layer in cache.layers])
+    return [kv_L2RHSD[:, :, row, :, :length] for row, length in enumerate(lengths)]

@@ -1,0 +1,336 @@
+"""What is computed once gives the losses of computing everything, for one pass and along whole trajectories."""
+
+import json
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from mezo import MeZOConfig, UserError, journal
+from mezo.activation import activate, invocation_tokens
+from mezo.adapter import add_adapter
+from mezo.api import eval_model, make_engine, mezo_finetune, replay, summary
+from mezo.engines.torch.engine import TorchEngine
+from mezo.engines.torch.layers import trainable_names
+from mezo.engines.torch.loading import load_model, load_tokenizer
+from mezo.engines.torch.reuse import TensorStore, shared_prefixes
+from mezo.estimator import Probe, Record, TwoPoint
+from mezo.objective import Example, Target, TokenSequence, batch_loss
+from tests.conftest import SENTIMENT_ROWS
+
+# Float32 on both sides; products over other shapes sum in other orders.
+TOLERANCE = 1e-5
+DECODERS = ["llama", "opt", "gpt2", "qwen2"]
+INVOCATION = (7, 8)
+
+
+def engine_for(folder, *, share, peft=True, alora=False, layers=None, store_bytes=1_000_000_000, dense_cost=0):
+    config = MeZOConfig(
+        model_name_or_path=folder, use_peft=peft, dtype="float32", use_cpu=True, seed=3, trainable_layers=layers,
+        enable_kv_cache_optimization=share, kv_cache_gb=store_bytes / 1e9,
+        **({"lora_variant": "alora", "alora_invocation_tokens": list(INVOCATION)} if alora else {}),
+    )  # fmt: skip
+    model = load_model(config, "causal_lm").model
+    if peft:
+        model = add_adapter(model, config, "causal_lm")
+        generator = torch.Generator().manual_seed(1)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:  # 0 at the start: the adapter would do nothing
+                parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    else:
+        names = set(trainable_names(model, layers)) if layers else None
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(names is None or name in names)
+    engine = make_engine(config, model, load_tokenizer(config))
+    type(engine)._pass_cost = property(lambda self: dense_cost)  # every stage that saves anything
+    return engine
+
+
+@pytest.fixture(autouse=True)
+def _pass_cost():
+    real = TorchEngine._pass_cost
+    yield
+    TorchEngine._pass_cost = real
+
+
+tokens = st.integers(10, 29)
+
+
+@st.composite
+def batches(draw, invocation=()):
+    """Examples with a common instruction, prompts of their own, and one to four options."""
+    instruction = draw(st.lists(tokens, max_size=12))
+    examples = []
+    for _ in range(draw(st.integers(1, 5))):
+        prompt = [*instruction, *draw(st.lists(tokens, min_size=0 if instruction else 1, max_size=10)), *invocation]
+        sequences = []
+        for option in range(draw(st.integers(1, 4))):
+            answer = draw(st.lists(tokens, min_size=1, max_size=4))
+            targets = tuple(Target(len(prompt) - 1 + i, token, option) for i, token in enumerate(answer))
+            sequences.append(TokenSequence((*prompt, *answer), targets))
+        examples.append(Example(tuple(sequences), draw(st.integers(0, len(sequences) - 1))))
+    return activate(examples, invocation) if invocation else examples
+
+
+quick = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@pytest.mark.parametrize("peft", [True, False], ids=["lora", "full"])
+@pytest.mark.parametrize("name", DECODERS)
+def test_shared_prefixes(model_folder, name, peft):
+    shared, whole = (engine_for(model_folder(name), share=share, peft=peft) for share in (True, False))
+
+    @quick
+    @given(batches(), st.integers(0, 100))
+    def check(examples, seed):
+        probes = TwoPoint(seed, 1e-2).probes(0)
+        before = (shared.work.asked, shared.work.computed)
+        ours, expected = shared.losses(examples, probes), whole.losses(examples, probes)
+        assert (ours - expected).abs().max() < TOLERANCE
+        asked, computed = shared.work.asked - before[0], shared.work.computed - before[1]
+        groups = shared._groups(examples, 64)
+        stages = [shared_prefixes([examples[n] for n in group], 0) for group in groups]
+        assert computed == 2 * sum(stage.num_tokens for group in stages for stage in group)
+        assert asked == 2 * sum(e.num_tokens for e in examples) >= computed
+
+    check()
+    assert shared.work.computed < shared.work.asked
+    assert whole.work.computed == whole.work.asked
+
+
+def test_stages_of_options_under_a_common_instruction():
+    """By hand: an instruction of 5, prompts of 3 and 4 more tokens, options of 2; the prompt's last token is read."""
+    examples = []
+    for own in ((1, 2, 3), (4, 5, 6, 7)):
+        prompt = (9, 9, 9, 9, 9, *own)
+        rows = tuple(
+            TokenSequence((*prompt, 20 + o, 30 + o), tuple(Target(len(prompt) - 1 + i, 0, o) for i in range(2)))
+            for o in range(3)
+        )
+        examples.append(Example(rows, 0))
+    first, second, last = shared_prefixes(examples, 0)
+    assert (first.chunks, first.parents, first.starts) == ([(9,) * 5], [0], [0])
+    assert (second.chunks, second.parents, second.starts) == ([(1, 2), (4, 5, 6)], [0, 0], [5, 5])
+    assert last.chunks == [(own, 20 + o, 30 + o) for own in (3, 7) for o in range(3)]
+    assert (last.parents, last.starts) == ([0, 0, 0, 1, 1, 1], [7, 7, 7, 8, 8, 8])
+    # 13 of 51 tokens more than needed are too few for a pass that costs 1,000.
+    assert [stage.num_tokens for stage in shared_prefixes(examples, 1000)] == [sum(e.num_tokens for e in examples)]
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_activated_lora_is_pefts(model_folder, name, tmp_path):
+    """Losses of the saved adapter in PEFT, which masks the adapter in place of cutting the row."""
+    engine = engine_for(model_folder(name), share=True, alora=True)
+    engine.save(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["alora_invocation_tokens"] == list(INVOCATION)
+    theirs = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(model_folder(name), dtype=torch.float32), str(tmp_path)
+    ).eval()
+    plain = engine_for(model_folder(name), share=True)
+
+    @quick
+    @given(batches(INVOCATION))
+    def check(examples):
+        expected = []
+        for sequence in (s for e in examples for s in e.sequences):
+            with torch.no_grad():
+                logits = theirs(input_ids=torch.tensor([sequence.input_ids])).logits[0].log_softmax(dim=-1)
+            expected += [logits[t.position, t.token] for t in sequence.targets]
+        scores = engine.score(examples)
+        assert (scores.logprobs_T - torch.stack(expected)).abs().max() < TOLERANCE
+        # The adapter acts, and not everywhere.
+        bare = [Example(tuple(TokenSequence(s.input_ids, s.targets) for s in e.sequences), e.label) for e in examples]
+        assert (plain.score(bare).logprobs_T - scores.logprobs_T).abs().max() > 1e-3
+
+    check()
+
+
+@pytest.mark.parametrize("store_bytes", [1_000_000_000, 30_000, 1], ids=["kept", "evicted", "none kept"])
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_activated_lora_trajectory(model_folder, name, store_bytes):
+    """20 steps over 12 prompts: the same losses and adapters as without any reuse, whatever was evicted."""
+    engines = [
+        engine_for(model_folder(name), share=share, alora=True, store_bytes=store_bytes) for share in (True, False)
+    ]
+    generator = torch.Generator().manual_seed(0)
+    examples = []
+    for n in range(12):
+        prompt = [*torch.randint(10, 30, (6 + n,), generator=generator).tolist(), *INVOCATION]
+        targets = tuple(Target(len(prompt) - 1 + i, 11 + i, 0) for i in range(2))
+        examples.append(Example((TokenSequence((*prompt, 11, 12), targets),)))
+    examples = activate(examples, INVOCATION)
+    estimator, first = TwoPoint(5, 1e-2), 0.0
+    for step in range(20):
+        batch = [examples[(5 * step + i) % 12] for i in range(5)]
+        probes = estimator.probes(step)
+        ours, expected = (engine.losses(batch, probes) for engine in engines)
+        assert (ours - expected).abs().max() < TOLERANCE
+        losses = [batch_loss(batch, losses_N) for losses_N in expected]
+        (outcome,) = estimator.outcomes(probes, losses)
+        first = first or losses[0]
+        for engine in engines:
+            engine.update([Record(step, *outcome, 1e-2, 0, 5)])
+    assert engines[0].digest() == engines[1].digest()
+    work = engines[0].work
+    assert work.asked == engines[1].work.asked == engines[1].work.computed
+    prompts = [e.sequences[0].adapter_start for e in examples]
+    once = sum(prompts) + 2 * sum(examples[(5 * s + i) % 12].num_tokens - prompts[(5 * s + i) % 12]
+                                  for s in range(20) for i in range(5))  # fmt: skip
+    if store_bytes > 30_000:
+        assert work.computed == once  # each prompt once in all, everything else at both signs
+        assert len(engines[0]._store) == 12
+    else:
+        assert once < work.computed < work.asked
+    assert engines[0]._store.num_bytes <= store_bytes
+    assert abs(losses[0] - first) > 1e-2  # it moved
+
+
+def test_tensor_store_forgets_what_was_not_used_for_longest():
+    store = TensorStore(12, torch.device("cpu"))
+    for key in "abc":
+        store.put(key, torch.zeros(1))
+    assert store.get("a") is not None
+    store.put("d", torch.zeros(1))
+    assert [store.get(key) is not None for key in "abcd"] == [True, False, True, True]
+    store.put("large", torch.zeros(4))
+    assert store.get("large") is None
+    assert store.num_bytes == 12
+
+
+def test_invocation_is_the_common_ending():
+    def example(*prompt):
+        return Example((TokenSequence((*prompt, 50), (Target(len(prompt) - 1, 50, 0),)),))
+
+    assert invocation_tokens([example(1, 2, 3, 4), example(1, 9, 3, 4), example(5, 3, 4)]) == [3, 4]
+    assert invocation_tokens([example(3, 4)] * 2) == [4]  # something is left to share
+    assert len(invocation_tokens([example(*range(40))] * 2)) == 16
+    with pytest.raises(UserError, match="no common ending"):
+        invocation_tokens([example(1, 2), example(1, 3)])
+    # PEFT's rule: the last occurrence, wherever it is.
+    (found,) = activate([example(3, 4, 9, 3, 4, 5)], [3, 4])
+    assert found.sequences[0].adapter_start == 3
+    with pytest.raises(UserError, match=r"row 1: .* do not occur"):
+        activate([example(3, 4), example(5, 4)], [3, 4])
+    with pytest.raises(UserError, match="occur in the answer"):
+        activate([example(1, 50)], [50])
+
+
+@pytest.mark.parametrize(("name", "peft"), [("llama", False), ("llama", True), ("opt", False), ("gpt2", True)])
+def test_frozen_lower_layers(model_folder, name, peft):
+    engines = [engine_for(model_folder(name), share=share, peft=peft, layers="last:1") for share in (True, False)]
+    trained = list(engines[0].space.parameters)
+    assert trained and not any("embed" in n or ".0." in n or "wte" in n or "lm_head" in n for n in trained)
+
+    @quick
+    @given(batches(), st.integers(0, 5))
+    def check(examples, seed):
+        probes = TwoPoint(seed, 1e-2).probes(0)
+        ours, expected = (engine.losses(examples, probes) for engine in engines)
+        assert (ours - expected).abs().max() < TOLERANCE
+
+    check()
+    assert engines[0].work.computed < engines[1].work.computed == engines[1].work.asked
+
+
+def test_frozen_lower_layers_of_an_encoder(model_folder):
+    from mezo.encoding import make_encoder
+    from mezo.engines.torch.loading import load_model_config
+
+    losses = []
+    for share in (True, False):
+        config = MeZOConfig(
+            model_name_or_path=model_folder("bert"), template="{text} it was [MASK] .", trainable_layers="last:1",
+            label_words={"0": "terrible", "1": "great"}, use_cpu=True, enable_kv_cache_optimization=share,
+        )  # fmt: skip
+        tokenizer = load_tokenizer(config)
+        encoder = make_encoder(SENTIMENT_ROWS, config, load_model_config(config), tokenizer, encoder_model=True)
+        model = load_model(config, "masked_lm").model
+        for parameter_name in trainable_names(model, "last:1"):
+            model.get_parameter(parameter_name).requires_grad_(True)
+        engine = make_engine(config, model, tokenizer)
+        examples = encoder(SENTIMENT_ROWS[:8])
+        losses.append(torch.cat([engine.losses(examples, TwoPoint(1, 1e-2).probes(step)) for step in range(3)]))
+        if share:
+            tokens = sum(e.num_tokens for e in examples)
+            assert engine.work.computed == pytest.approx(0.5 * tokens + 3 * 2 * 0.5 * tokens)
+    assert (losses[0] - losses[1]).abs().max() < TOLERANCE
+
+
+def test_trainable_layers_by_pattern(model_folder):
+    engine = engine_for(model_folder("llama"), share=True, peft=False, layers=r"layers\.1\.mlp")
+    assert set(engine.space.parameters) == {f"model.layers.1.mlp.{p}_proj.weight" for p in ("gate", "up", "down")}
+    assert engine._frozen is not None and engine._frozen.count == 1
+    assert engine_for(model_folder("llama"), share=True, peft=False, layers="embed")._frozen is None
+    for spec, message in (("nothing", "matches no parameter"), ("last:9", "has 2 layers"), ("(", "regular expression")):
+        with pytest.raises(UserError, match=message):
+            engine_for(model_folder("llama"), share=True, peft=False, layers=spec)
+
+
+RUN = {
+    "template": "{text} it was", "label_words": {"0": "terrible", "1": "great"}, "learning_rate": 1e-2,
+    "batch_size": 8, "num_steps": 12, "seed": 3, "use_cpu": True, "disable_tqdm": True, "logging_steps": 4,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("variant", ["alora", "lora", "layers"])
+def test_a_run_with_reuse_is_a_run_without(model_folder, tmp_path, variant):
+    """Journals, weights and evaluation of whole runs; what was reused is reported."""
+    options = {
+        "alora": {"lora_rank": 4, "lora_variant": "alora"}, "lora": {"lora_rank": 4},
+        "layers": {"trainable_layers": "last:1", "learning_rate": 1e-4},
+    }[variant]  # fmt: skip
+    runs = {}
+    for reuse in (True, False):
+        folder = tmp_path / str(reuse)
+        mezo_finetune(
+            model_folder("llama"), SENTIMENT_ROWS, output_dir=folder, eval_dataset=SENTIMENT_ROWS[:16],
+            enable_kv_cache_optimization=reuse, **{**RUN, **options},
+        )  # fmt: skip
+        runs[reuse] = folder
+    steps = [journal.read(runs[reuse] / "journal").steps for reuse in (True, False)]
+    for (a,), (b,) in zip(*steps, strict=True):
+        assert (a.seed, a.num_tokens) == (b.seed, b.num_tokens)
+        assert (a.loss_plus, a.loss_minus) == pytest.approx((b.loss_plus, b.loss_minus), abs=TOLERANCE)
+        assert b.computed_tokens == 2 * b.num_tokens
+    last = json.loads((runs[True] / "trainer_state.json").read_text())["log_history"][-1]
+    assert last["tokens_asked"] == sum(2 * r.num_tokens for (r,) in steps[0])
+    assert last["tokens_computed"] == sum(r.computed_tokens for (r,) in steps[0])
+    assert last["reuse_percent"] == pytest.approx(100 * (1 - last["tokens_computed"] / last["tokens_asked"]), abs=0.01)
+    if variant != "lora":  # these short prompts are not worth a pass
+        assert last["reuse_percent"] > 20 and last["seconds_saved"] > 0
+    facts = summary(runs[True])
+    assert {facts[key] == last[key] for key in ("tokens_computed", "reuse_percent", "seconds_saved")} == {True}
+    assert facts["steps"] == "12 of 12"
+    name = "model.safetensors" if variant == "layers" else "adapter_model.safetensors"
+    ours, theirs = (load_file(str(runs[reuse] / name)) for reuse in (True, False))
+    assert all((ours[n] - t).abs().max() < 2e-4 for n, t in theirs.items())
+    again = load_file(str(replay(runs[True], tmp_path / "again") / name))
+    assert all(torch.equal(again[n], t) for n, t in ours.items())
+
+
+def test_an_activated_adapter_is_evaluated_as_such(model_folder, tmp_path):
+    result = mezo_finetune(
+        model_folder("llama"), SENTIMENT_ROWS, output_dir=tmp_path / "run", eval_dataset=SENTIMENT_ROWS[:16],
+        lora_rank=4, lora_variant="alora", **RUN,
+    )  # fmt: skip
+    config = MeZOConfig(model_name_or_path=model_folder("llama"), use_cpu=True)
+    metrics = eval_model(config, result.model_path, SENTIMENT_ROWS[:16])
+    assert metrics.loss == pytest.approx(result.metrics.loss, abs=1e-6)
+
+
+def test_alora_needs_lora():
+    with pytest.raises(UserError, match="alora needs use_peft"):
+        MeZOConfig(model_name_or_path="m", lora_variant="alora")
+
+
+def test_patched_layers_come_back(model_folder):
+    """The model that callbacks see is whole between two calls, also after an error."""
+    engine = engine_for(model_folder("llama"), share=True, alora=True)
+    bad = Example((TokenSequence((10, 7, 8, 999_999), (Target(2, 5, 0),), 1),), None)
+    with pytest.raises(IndexError):
+        engine.losses([bad], [Probe(1, 1e-2), Probe(1, -1e-2)])
+    assert not any("forward" in vars(module) for module in engine.model.modules())
