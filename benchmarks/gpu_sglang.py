@@ -25,7 +25,7 @@ from provenance import provenance
 from mezo.config import MeZOConfig
 from mezo.engines.sglang import versions
 from mezo.engines.sglang.build import adapter_on_meta, engine_arguments
-from mezo.engines.sglang.client import Colocated, rows_body, worker_state
+from mezo.engines.sglang.client import Colocated, Row, rows_body, worker_state
 from mezo.engines.sglang.engine import SGLangEngine
 from mezo.estimator import Record, TwoPoint
 from mezo.objective import Example, Target, TokenSequence, batch_loss
@@ -76,13 +76,12 @@ def measure(client: Colocated, engine: SGLangEngine, vocabulary: int, repeats: i
     found = []
     for rows, tokens in ROWS_AND_TOKENS:
         examples = make_examples(rows, tokens, vocabulary)
-        ids = [e.sequences[0].input_ids for e in examples]
+        sequences = [e.sequences[0] for e in examples]
         commands: list[float] = []
 
-        def plain(ids: list[tuple[int, ...]] = ids) -> None:
-            names = [name for name in engine._names for _ in ids]
-            starts = [len(ids[0]) - ANSWER - 1] * len(names)
-            client.generate(rows_body(ids * 2, starts, names, f"plain-{time.perf_counter_ns()}", 0))
+        def plain(sequences: list[TokenSequence] = sequences) -> None:
+            key = f"plain-{time.perf_counter_ns()}"
+            client.generate(rows_body([Row(name, s, key) for name in engine._names for s in sequences], 0))
 
         def ours(examples: list[Example] = examples, commands: list[float] = commands) -> None:
             step = next(steps)
@@ -145,7 +144,8 @@ def main() -> None:
             writer = csv.DictWriter(file, names, restval="")
             writer.writeheader()
             writer.writerows({**row, **facts} for row in rows)
-    raise SystemExit(0 if same else 1)
+    slow = [row for row in rows if row["what"] == "mezo step" and float(row["ratio"]) > 1.10]
+    raise SystemExit(0 if same and not slow else 1)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from mezo.config import PRESETS as PRESETS
     from mezo.config import MeZOConfig as MeZOConfig
     from mezo.config import preset as preset
+    from mezo.errors import EngineError as EngineError
     from mezo.errors import JournalError as JournalError
     from mezo.errors import NonFiniteLossError as NonFiniteLossError
     from mezo.errors import UserError as UserError
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "mezo.api": ("build_trainer", "eval_model", "merge", "mezo_finetune", "replay"),
     "mezo.config": ("PRESETS", "MeZOConfig", "preset"),
-    "mezo.errors": ("JournalError", "NonFiniteLossError", "UserError"),
+    "mezo.errors": ("EngineError", "JournalError", "NonFiniteLossError", "UserError"),
     "mezo.trainer": ("MeZOTrainer", "TrainResult"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}

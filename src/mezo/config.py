@@ -28,6 +28,7 @@ class MeZOConfig:
         sglang_mode: colocate starts SGLang in this process; server uses running ones.
         sglang_server_base_url: Addresses of running servers; rows are split over them.
         sglang_api_key: Key of the servers, also from the environment variable SGLANG_API_KEY. It is written nowhere.
+        sglang_admin_api_key: Their admin key, if they have one besides, also from SGLANG_ADMIN_API_KEY.
         sglang_tp_size: GPUs of the engine that is started here.
         sglang_updates: workers writes the adapter inside SGLang; public loads it again at each step by SGLang's own
             calls, which is slow but needs no plugin in the server.
@@ -105,6 +106,7 @@ class MeZOConfig:
     sglang_mode: Literal["colocate", "server"] = "colocate"
     sglang_server_base_url: list[str] | None = None
     sglang_api_key: str | None = None
+    sglang_admin_api_key: str | None = None
     sglang_tp_size: int = 1
     sglang_updates: Literal["workers", "public"] = "workers"
     sglang_engine_args: dict[str, str] | None = None
@@ -229,7 +231,8 @@ def coerced(name: str, value: object, hint: object) -> Any:
             return float(value)  # type: ignore[arg-type]
     if isinstance(wanted, type) and type(value) is wanted:
         return value
-    raise UserError(f"{name} must be {getattr(wanted, '__name__', wanted)}, got {value!r}")
+    shown = "something else" if name.endswith("api_key") else repr(value)
+    raise UserError(f"{name} must be {getattr(wanted, '__name__', wanted)}, got {shown}")
 
 
 def looks_like_wrong_rate(config: MeZOConfig) -> str | None:

@@ -31,6 +31,21 @@ def checkpoint_digest(model_name_or_path: str, revision: str = "main") -> str:
     return hasher.hexdigest()
 
 
+def checkpoint_tensor(model_name_or_path: str, revision: str, name: str) -> Tensor | None:
+    """One tensor of a checkpoint by name, or None."""
+    for file in _weight_files(model_name_or_path, revision):
+        if file.suffix == ".bin":
+            tensors: dict[str, Tensor] = torch.load(file, weights_only=True, mmap=True)
+            if name in tensors:
+                return tensors[name]
+            continue
+        with safe_open(file, framework="pt") as handle:
+            if name in handle.keys():  # noqa: SIM118
+                tensor: Tensor = handle.get_tensor(name)
+                return tensor
+    return None
+
+
 def _weight_files(model_name_or_path: str, revision: str) -> list[Path]:
     for name in _NAMES:
         found = _file(model_name_or_path, name, revision)

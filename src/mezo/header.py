@@ -42,7 +42,7 @@ def make_header(
         "format": FORMAT_VERSION,
         "rng": RNG_VERSION,
         "versions": {name: importlib.metadata.version(name) for name in packages},
-        "config": {**config.to_dict(), "sglang_api_key": None},  # a secret
+        "config": {**config.to_dict(), "sglang_api_key": None, "sglang_admin_api_key": None},  # secrets
         "objective": objective,
         "kind": kind,
         "labels": list(labels),
@@ -79,6 +79,7 @@ _MAY_CHANGE = frozenset(
         "sglang_mode",
         "sglang_server_base_url",
         "sglang_api_key",
+        "sglang_admin_api_key",
         "sglang_tp_size",
         "sglang_updates",
         "sglang_engine_args",

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import sys
 import types
 from collections.abc import Mapping, Sequence
@@ -27,7 +28,7 @@ from mezo.data import TrainData
 from mezo.engines.sglang import versions
 from mezo.engines.sglang.build import adapter_on_meta, run_name
 from mezo.engines.sglang.engine import SGLangEngine
-from mezo.engines.sglang.plugin import keep_tensors
+from mezo.engines.sglang.plugin import BASE_PREFIX, keep_tensors
 from mezo.engines.sglang.worker import Worker
 from mezo.engines.torch.engine import trained_parameters
 from mezo.errors import EngineError
@@ -73,12 +74,14 @@ class MeZOTrainer:
                 "use_peft": True,
                 "lora_r": int(loaded.r),
                 "lora_alpha": float(loaded.lora_alpha),
-                "lora_target_modules": list(loaded.target_modules),
+                "lora_target_modules": _names(loaded.target_modules),
                 "enable_kv_cache_optimization": enable_kv_cache_optimization,
                 **options,
             }
         )
-        self._initial = versions.adapter_tensors(lora_manager, lora_name, lambda *_: self._adapter_parameters())
+        self._initial = versions.adapter_tensors(
+            lora_manager, lora_name, trained_parameters(adapter_on_meta(self.config))
+        )
 
     def train(
         self,
@@ -107,8 +110,9 @@ class MeZOTrainer:
         finally:
             engine.close()
 
-    def _adapter_parameters(self) -> dict[str, Tensor]:
-        return trained_parameters(adapter_on_meta(self.config))
+
+def _names(modules: str | Sequence[str]) -> list[str]:
+    return [modules] if isinstance(modules, str) else list(modules)
 
 
 class InProcess:
@@ -119,11 +123,11 @@ class InProcess:
     def __init__(self, model_runner: Any, lora_manager: Any):
         self._manager = lora_manager
         self._worker = Worker(types.SimpleNamespace(tp_worker=types.SimpleNamespace(model_runner=model_runner)))
-        self._prefill = versions.Prefill(model_runner)
+        self._prefill = versions.Prefill(model_runner, BASE_PREFIX)
 
     def command(self, command: dict[str, object]) -> None:
         """See `Client.command`."""
-        if not self._worker.run(command):
+        if not self._worker.run(json.dumps(command)):
             raise EngineError(f"{self.name}: {self._worker.state()['error']}")
 
     def info(self) -> Mapping[str, Any]:
@@ -132,7 +136,10 @@ class InProcess:
 
     def generate(self, body: Mapping[str, Any]) -> list[dict[str, Any]]:
         """See `Client.generate`."""
-        return self._prefill(body)
+        try:
+            return self._prefill(body)
+        except RuntimeError as error:  # no room in the memory pools, say
+            raise EngineError(f"{self.name}: {str(error).strip().splitlines()[0]}") from error
 
     def load_adapter(self, name: str, tensors: Mapping[str, Tensor], config: Mapping[str, object]) -> None:
         """See `Client.load_adapter`."""
@@ -147,6 +154,7 @@ class InProcess:
 
     def close(self) -> None:
         """See `Client.close`; the runner is the caller's."""
+        self._prefill.close()
 
 
 def _install() -> None:

@@ -47,14 +47,15 @@ def finish(process: "subprocess.Popen[str]") -> str:
 
 
 @pytest.fixture(scope="session")
-def reference(model_folder: Callable[[str], str], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def reference(model_folder: Callable[[str], str], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Run folder of the torch engine on a tiny model, with the tests' setting."""
     made: dict[str, Path] = {}
 
-    def folder(name: str) -> Path:
-        if name not in made:
-            made[name] = tmp_path_factory.mktemp("torch") / name
-            finish(start_job("finetune", model=model_folder(name), out=str(made[name]), engine="torch"))
-        return made[name]
+    def folder(name: str, **options: Any) -> Path:
+        key = f"{name} {options}"
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("torch") / name
+            finish(start_job("finetune", model=model_folder(name), out=str(made[key]), engine="torch", **options))
+        return made[key]
 
     return folder

@@ -92,47 +92,64 @@ def in_process(model: str, out: str, start: str, **options: Any) -> None:
 
 
 def stale(model: str, out: str, start: str) -> None:
-    """Losses of three directions in a row: radix cache on, cache key frozen, and each row computed whole."""
+    """Losses of six directions, with updates between the last: cache on, cache key frozen, each row computed whole."""
     import torch
-    from safetensors.torch import load_file
     from transformers import AutoTokenizer
 
     config = json.loads((Path(start) / "adapter_config.json").read_text())
     runner = model_runner(model, config["target_modules"])
-    import mezo.sglang
     from mezo import MeZOConfig
     from mezo.encoding import make_encoder
-    from mezo.engines.sglang import build, versions
-    from mezo.engines.sglang import engine as engine_module
-    from mezo.engines.torch.engine import trained_parameters
     from mezo.engines.torch.loading import load_model_config
-    from mezo.estimator import TwoPoint
+    from mezo.estimator import Record, TwoPoint
 
+    mezo_config = MeZOConfig(model_name_or_path=model)
     tokenizer = AutoTokenizer.from_pretrained(model)
-    mezo_config = MeZOConfig(
-        model_name_or_path=model, use_peft=True, lora_r=RANK, lora_target_modules=config["target_modules"]
-    )
     encoder = make_encoder(rows(), mezo_config, load_model_config(mezo_config), tokenizer, encoder_model=False)
     examples = encoder(rows()[:8])
-    adapter = load_file(str(Path(start) / "adapter_model.safetensors"))
     found: dict[str, list[list[float]]] = {}
     for case in ("cached", "frozen", "computed"):
-        peft_model = build.adapter_on_meta(mezo_config)
-        for name, parameter in trained_parameters(peft_model).items():
-            parameter.detach().copy_(adapter[name])
-        client = mezo.sglang.InProcess(runner, runner.lora_manager)
-        engine = engine_module.SGLangEngine([client], peft_model, tokenizer)
+        engine = engine_on(runner, model, start, share=case != "computed")
+        engine.wave_cost = 0
         found[case] = []
-        for step in range(3):
-            if case == "computed":
-                client._prefill = versions.Prefill(runner)  # an empty cache
+        for step in range(6):
             if case == "frozen":
                 engine._version = 0  # so that every step's key is the first one's
             losses_PN = engine.losses(examples, TwoPoint(3, 0.05).probes(step))
             found[case] += losses_PN.tolist()
+            if step >= 2:  # the same update in all three cases, whatever their losses
+                engine.update([Record(step, step, 0.0, 0.0, 1.0, 1e-3, 0, 8)])
         engine.close()
     assert all(torch.tensor(v).isfinite().all() for v in found.values())
     Path(out).write_text(json.dumps(found))
+
+
+def engine_on(runner: Any, model: str, start: str, *, share: bool) -> Any:
+    """An SGLangEngine on a bare ModelRunner, from the adapter in `start`."""
+    from safetensors.torch import load_file
+    from transformers import AutoTokenizer
+
+    import mezo.sglang
+    from mezo import MeZOConfig
+    from mezo.engines.sglang import build
+    from mezo.engines.sglang.engine import SGLangEngine
+    from mezo.engines.torch.engine import trained_parameters
+
+    targets = json.loads((Path(start) / "adapter_config.json").read_text())["target_modules"]
+    config = MeZOConfig(model_name_or_path=model, use_peft=True, lora_r=RANK, lora_target_modules=targets)
+    peft_model = build.adapter_on_meta(config)
+    adapter = load_file(str(Path(start) / "adapter_model.safetensors"))
+    for name, parameter in trained_parameters(peft_model).items():
+        parameter.detach().copy_(adapter[name])
+    client = mezo.sglang.InProcess(runner, runner.lora_manager)
+    return SGLangEngine([client], peft_model, AutoTokenizer.from_pretrained(model), share_prefixes=share)
+
+
+def reuse(**arguments: Any) -> None:
+    """See `tests.sglang.random_batches`."""
+    from tests.sglang.random_batches import run
+
+    run(**arguments)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Running servers over HTTP: replicas, ordinary requests in between, and everything that can go wrong."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -12,12 +13,12 @@ from pathlib import Path
 
 import pytest
 import requests
+from safetensors.torch import load_file, save_file
 
 from mezo import MeZOConfig, journal, mezo_finetune
 from mezo.api import build_trainer, replay
 from mezo.engines.sglang import build
 from mezo.engines.sglang.client import Server as Client
-from mezo.engines.torch.loading import load_model_config
 from mezo.errors import EngineError, JournalError, UserError
 from tests.sglang.conftest import ROOT, environment, finish, start_job
 from tests.sglang.jobs import ENGINE_ARGS, RANK, SETTING, rows
@@ -69,6 +70,7 @@ class Server:
         return requests.post(self.url + path, json=body, headers=HEADERS, timeout=60)
 
     def logprobs(self, adapter: str | None) -> list[float]:
+        """Of a prompt and of three generated tokens."""
         body = {
             "input_ids": [5, 9, 12, 7, 20, 11, 30, 8],
             "sampling_params": {"max_new_tokens": 3, "temperature": 0},
@@ -76,8 +78,8 @@ class Server:
             "logprob_start_len": 0,
             "lora_path": adapter,
         }
-        answer = self.post("/generate", body).json()
-        return [entry[0] for entry in answer["meta_info"]["input_token_logprobs"][1:]]
+        answer = self.post("/generate", body).json()["meta_info"]
+        return [entry[0] for entry in (*answer["input_token_logprobs"][1:], *answer["output_token_logprobs"])]
 
     def kill(self) -> None:
         if self.process.poll() is None:
@@ -191,15 +193,71 @@ def test_full_adapter_slots(servers, reference, model_folder, tmp_path):
     [
         ({"enable_lora": False}, "--enable-lora"),
         ({"max_loras_per_batch": 2}, "--max-loras-per-batch 3"),
-        ({"vocab_size": 17}, "17 tokens"),
+        ({"version": "0.5.9"}, "0.5.17 to 0.5.20; .* is 0.5.9"),
     ],
 )
 def test_servers_started_in_another_way(change, message, servers, model_folder):
     config = MeZOConfig(model_name_or_path=model_folder("llama"), use_peft=True, lora_r=RANK)
     info = Client(servers[0].url, KEY).info()
-    build.check_server(info, servers[0].url, config, load_model_config(config), 2)
-    with pytest.raises(EngineError, match=message):
-        build.check_server({**info, **change}, servers[0].url, config, load_model_config(config), 2)
+    build.check_server(info, servers[0].url, config, 2)
+    with pytest.raises((EngineError, UserError), match=message):
+        build.check_server({**info, **change}, servers[0].url, config, 2)
+
+
+def test_a_server_with_another_base_model(servers, model_folder, tmp_path):
+    """Same shapes, other weights: nothing is trained."""
+    other = tmp_path / "other"
+    shutil.copytree(model_folder("llama"), other)
+    weights = load_file(str(other / "model.safetensors"))
+    weights["model.layers.1.mlp.down_proj.weight"][0, 0] += 0.5
+    save_file(weights, str(other / "model.safetensors"), metadata={"format": "pt"})
+    with pytest.raises(EngineError, match=r"another base model.*layers\.1\.mlp\.down_proj"):
+        mezo_finetune(str(other), rows(), output_dir=tmp_path / "run", **options([servers[0].url]))
+    assert not any(name.startswith("mezo") for name in adapters(servers[0]))
+
+
+@pytest.mark.parametrize("text", ["x", "1", "[]", '{"op": "_init__"}', '{"op": "step", "no": 1}', "{}"])
+def test_a_bad_command_does_not_end_the_server(servers, text):
+    answer = servers[0].post("/set_internal_state", {"server_args": {f"mezo {text}": 1}})
+    assert answer.status_code == 200
+    assert answer.json() == [False]
+    assert servers[0].logprobs(None)
+
+
+def test_an_admin_key_besides_the_key(model_folder, tmp_path):
+    server = Server(model_folder("llama"), tmp_path / "log", "--admin-api-key", "another-secret")
+    try:
+        server.wait()
+        values = options([server.url], num_steps=2)
+        with pytest.raises(EngineError, match="refuses"):
+            mezo_finetune(model_folder("llama"), rows(), output_dir=tmp_path / "run", **values)
+        mezo_finetune(
+            model_folder("llama"), rows(), output_dir=tmp_path / "run", sglang_admin_api_key="another-secret",
+            resume_from_checkpoint=True, **values,
+        )  # fmt: skip
+    finally:
+        server.kill()
+    assert "another-secret" not in "".join(
+        p.read_text(errors="replace") for p in tmp_path.rglob("*") if p.is_file() and p.name != "log"
+    )
+
+
+def test_a_key_in_the_address_is_refused(model_folder, tmp_path):
+    values = {**options(["http://user:secret@127.0.0.1:9"])}
+    with pytest.raises(UserError, match="sglang_api_key") as caught:
+        mezo_finetune(model_folder("llama"), rows(), output_dir=tmp_path / "run", **values)
+    assert "secret" not in str(caught.value).replace("sglang_api_key", "")
+
+
+def test_an_engine_that_does_not_start_is_an_error(model_folder, tmp_path):
+    """SGLang's GPT-2 cannot take adapters; without a handler SGLang would kill this process."""
+    process = start_job(
+        "finetune", model=model_folder("gpt2"), out=str(tmp_path / "run"), engine="sglang",
+        lora_target_modules=["c_attn"],
+    )  # fmt: skip
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 1
+    assert output.strip().splitlines()[-1].startswith("mezo.errors.EngineError: SGLang")
 
 
 def test_one_run_at_a_time(servers, model_folder, tmp_path):

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from mezo import journal
 from mezo.api import replay
+from mezo.engines.sglang.build import RUN_NAME_FILE
 from tests.sglang.conftest import finish, start_job
 
 # Float32 on both sides; attention and matrix products sum in other orders. Seen: 2e-6 and 1.2e-5 after 50 steps.
@@ -41,10 +42,21 @@ def test_colocated_engine(updates, reference, model_folder, tmp_path):
     finish(start_job("finetune", model=model_folder("llama"), out=str(run), **options))
     assert_same_run(run, reference("llama"), 50)
     assert_same_adapter(run, reference("llama"))
-    assert {p.name for p in run.iterdir()} == {p.name for p in reference("llama").iterdir()}
+    ours = {p.name for p in run.iterdir()} - {RUN_NAME_FILE}
+    assert ours == {p.name for p in reference("llama").iterdir()}
     states = [json.loads((r / "trainer_state.json").read_text()) for r in (run, reference("llama"))]
     metrics = [[e for e in state["log_history"] if "eval_loss" in e] for state in states]
     assert metrics[0] == [{**entry, "eval_loss": pytest.approx(entry["eval_loss"], abs=1e-4)} for entry in metrics[1]]
+
+
+def test_opt_with_an_adapter_on_every_module(reference, model_folder, tmp_path):
+    """In SGLang's own processes, where the plugin has to complete OPT."""
+    options = {"lora_target_modules": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"], "num_steps": 10}
+    run = tmp_path / "run"
+    finish(start_job("finetune", model=model_folder("opt"), out=str(run), engine="sglang", **options))
+    expected = reference("opt", **options)
+    assert_same_run(run, expected, 10)
+    assert_same_adapter(run, expected)
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two ranks need two cores")

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import functools
 import os
-import platform
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 import yaml
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from transformers import logging as transformers_logging
 
 from mezo.adapter import add_adapter
 from mezo.config import MeZOConfig
+from mezo.engines.sglang import versions
 from mezo.engines.sglang.client import Client, Colocated, Server
 from mezo.engines.sglang.engine import SGLangEngine
+from mezo.engines.sglang.plugin import RADIX_BACKEND
+from mezo.engines.sglang.worker import sample_hash
 from mezo.engines.torch.loading import load_model_config
 from mezo.errors import EngineError, UserError
+from mezo.fingerprint import checkpoint_tensor
+
+RUN_NAME_FILE = "sglang_run"
 
 
 def build_engine(config: MeZOConfig, kind: str, tokenizer: PreTrainedTokenizerBase, num_probes: int) -> SGLangEngine:
@@ -35,14 +41,15 @@ def build_engine(config: MeZOConfig, kind: str, tokenizer: PreTrainedTokenizerBa
     if not config.use_peft or config.peft_type != "lora":
         raise UserError("engine sglang trains LoRA adapters: set use_peft, or use engine torch")
     adapter = adapter_on_meta(config)
+    if config.trainable_layers is not None:
+        raise UserError("engine sglang trains adapters in all layers; trainable_layers needs engine torch")
     attention = {"q_proj", "k_proj", "v_proj"} & adapter.peft_config["default"].target_modules
     if attention and not attention >= {"q_proj", "v_proj"}:
         raise UserError("lora_target_modules: SGLang stacks q, k and v, so q_proj and v_proj must both be among them")
     clients = connect(config, adapter, num_probes)
     try:
-        model_config = load_model_config(config)
         for client in clients:
-            check_server(client.info(), client.name, config, model_config, num_probes)
+            check_server(client.info(), client.name, config, num_probes)
     except BaseException:
         for client in clients:
             client.close()
@@ -58,12 +65,22 @@ def build_engine(config: MeZOConfig, kind: str, tokenizer: PreTrainedTokenizerBa
         eval_batch_size=config.per_device_eval_batch_size,
         share_prefixes=config.enable_kv_cache_optimization,
         owner=run_name(config),
+        base_samples=functools.partial(_base_sample, config) if config.sglang_mode == "server" else None,
     )
 
 
+def _base_sample(config: MeZOConfig, name: str, dtype: str) -> str | None:
+    tensor = checkpoint_tensor(config.model_name_or_path, config.model_revision, name)
+    return None if tensor is None else sample_hash(tensor.to(getattr(torch, dtype)))
+
+
 def run_name(config: MeZOConfig) -> str:
-    """Name of the run in SGLang: that of its folder, so that a resumed run finds what it left."""
-    return xxhash.xxh3_64(f"{platform.node()} {Path(config.output_dir).resolve()}".encode()).hexdigest()
+    """Name of the run in SGLang, kept in its folder, so that a resumed run finds what it left on any machine."""
+    path = Path(config.output_dir) / RUN_NAME_FILE
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(uuid.uuid4().hex[:16])
+    return path.read_text()
 
 
 def adapter_on_meta(config: MeZOConfig) -> PeftModel:
@@ -87,7 +104,8 @@ def connect(config: MeZOConfig, adapter: PeftModel, num_probes: int) -> list[Cli
         if not config.sglang_server_base_url:
             raise UserError("sglang_mode server needs sglang_server_base_url")
         key = config.sglang_api_key or os.environ.get("SGLANG_API_KEY")
-        return [Server(url, key) for url in config.sglang_server_base_url]
+        admin_key = config.sglang_admin_api_key or os.environ.get("SGLANG_ADMIN_API_KEY")
+        return [Server(url, key, admin_key) for url in config.sglang_server_base_url]
     return [Colocated(engine_arguments(config, adapter, num_probes))]
 
 
@@ -120,14 +138,21 @@ def engine_arguments(config: MeZOConfig, adapter: PeftModel, num_probes: int) ->
             "disable_overlap_schedule": True,
             "skip_server_warmup": True,
         }
+    if config.lora_variant == "alora":
+        arguments |= {
+            "radix_cache_backend": RADIX_BACKEND,
+            "disable_radix_cache": False,
+            "chunked_prefill_size": -1,
+            "page_size": 1,
+        }
     more = config.sglang_engine_args or {}
     return {**arguments, **{name: yaml.safe_load(str(value)) for name, value in more.items()}}
 
 
-def check_server(
-    info: Mapping[str, Any], name: str, config: MeZOConfig, model_config: PretrainedConfig, num_probes: int
-) -> None:
+def check_server(info: Mapping[str, Any], name: str, config: MeZOConfig, num_probes: int) -> None:
     """A server that can train this adapter, or a clear error."""
+    if info.get("version"):
+        versions.check_version(str(info["version"]), name)
     if not info.get("enable_lora"):
         raise EngineError(f"{name} runs without LoRA; start it with --enable-lora")
     rank = info.get("max_lora_rank")
@@ -139,6 +164,10 @@ def check_server(
             f"{name} has {slots} adapter slots; {num_probes} probes and the base model need {num_probes + 1}: "
             f"start it with --max-loras-per-batch {num_probes + 1}"
         )
-    served, wanted = info.get("vocab_size"), model_config.vocab_size
-    if served is not None and served != wanted:
-        raise EngineError(f"{name} serves a model with {served} tokens, {config.model_name_or_path!r} has {wanted}")
+    if config.lora_variant == "alora":
+        needed = {"radix_cache_backend": RADIX_BACKEND, "page_size": 1, "disable_radix_cache": False}
+        wrong = [f"--{key.replace('_', '-')} {value}" for key, value in needed.items() if info.get(key) != value]
+        if (info.get("chunked_prefill_size") or -1) > 0:
+            wrong.append("--chunked-prefill-size -1")
+        if wrong:
+            raise EngineError(f"lora_variant alora: start {name} with {' '.join(wrong)}")

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import base64
 import itertools
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
 from mezo.engines.sglang import versions
-from mezo.engines.sglang.plugin import command_key
+from mezo.engines.sglang.plugin import BASE_PREFIX, command_key
 from mezo.errors import EngineError, UserError
+from mezo.objective import TokenSequence
+
+_ADMIN = frozenset(["/set_internal_state", "/unload_lora_adapter"])  # want the admin key where there is one
+_PREFILL_ONLY = {"max_new_tokens": 0, "temperature": 0.0}
 
 
 class Client(Protocol):
@@ -72,8 +78,10 @@ class Colocated:
         versions.installed()
         import sglang
 
+        # SGLang's own handler kills this process when a scheduler dies; that it is replaced, SGLang logs as an error.
+        logging.getLogger("sglang.srt.entrypoints.engine").addFilter(lambda record: "SIGQUIT" not in str(record.msg))
         try:
-            self._engine = sglang.Engine(**arguments)
+            self._engine = sglang.Engine(custom_sigquit_handler=_scheduler_died, **arguments)
         except (RuntimeError, ValueError, TypeError, AssertionError, OSError) as error:
             raise EngineError(f"SGLang did not start: {error}") from error
 
@@ -125,25 +133,41 @@ class Colocated:
             raise EngineError(f"{self.name}: {error}") from error
 
 
+def _scheduler_died(*_: object) -> None:
+    kill_children()
+    raise EngineError("SGLang: its scheduler died; the reason stands above")
+
+
+def kill_children() -> None:
+    """Ends what SGLang started from this process."""
+    from sglang.srt.utils import kill_process_tree
+
+    kill_process_tree(os.getpid(), include_parent=False)
+
+
 class Server:
     """A running SGLang server.
 
     Args:
         base_url: its address, `http://host:30000`.
-        api_key: its `--api-key` or `--admin-api-key`.
+        api_key: its `--api-key`.
+        admin_api_key: its `--admin-api-key`, if it has one besides.
         timeout: seconds that one request may take.
     """
 
-    def __init__(self, base_url: str, api_key: str | None = None, timeout: float = 600.0):
+    def __init__(
+        self, base_url: str, api_key: str | None = None, admin_api_key: str | None = None, timeout: float = 600.0
+    ):
         try:
             import requests
         except ModuleNotFoundError:
             raise UserError("sglang_mode server needs requests: pip install 'mezo[sglang-client]'") from None
         self.name = base_url.rstrip("/")
         self._timeout = (10.0, timeout)
+        if "@" in self.name.split("://")[-1].split("/")[0]:
+            raise UserError("sglang_server_base_url: give the key as sglang_api_key, not in the address")
+        self._keys = (api_key, admin_api_key or api_key)
         self._http = requests.Session()
-        if api_key:
-            self._http.headers["Authorization"] = f"Bearer {api_key}"
 
     def command(self, command: dict[str, object]) -> None:
         """See `Client.command`."""
@@ -186,7 +210,9 @@ class Server:
         import requests
 
         try:
-            response = self._http.request(method, self.name + path, json=body, timeout=self._timeout)
+            response = self._http.request(
+                method, self.name + path, json=body, timeout=self._timeout, auth=_bearer(self._keys[path in _ADMIN])
+            )
         except requests.ConnectionError:
             raise EngineError(f"no answer from {self.name}: is the server running there?") from None
         except requests.RequestException as error:
@@ -195,7 +221,21 @@ class Server:
             raise EngineError(f"{self.name} refuses sglang_api_key ({response.status_code} for {path})")
         if response.status_code != 200:
             raise EngineError(f"{self.name}{path}: {_reason(response)}")
-        return response.json()
+        try:
+            return response.json()
+        except ValueError:
+            raise EngineError(f"{self.name}{path}: the answer is not SGLang's") from None
+
+
+def _bearer(key: str | None) -> Callable[[Any], Any]:
+    """requests' `auth`, so that no ~/.netrc gets in between."""
+
+    def authorised(request: Any) -> Any:
+        if key:
+            request.headers["Authorization"] = f"Bearer {key}"
+        return request
+
+    return authorised
 
 
 def _reason(response: Any) -> str:
@@ -217,16 +257,46 @@ def split(count: int, parts: int) -> list[slice]:
     return [slice(a, b) for a, b in itertools.pairwise(bounds)]
 
 
-def rows_body(
-    input_ids: Sequence[Sequence[int]], starts: Sequence[int], adapters: Sequence[str], extra_key: str, top: int
-) -> dict[str, Any]:
-    """A prefill-only request for the log-probabilities from token `starts[row]` + 1 on."""
+class Row(NamedTuple):
+    """One sequence under one probe."""
+
+    name: str  # of the adapter slot
+    sequence: TokenSequence
+    key: str  # keys and values are shared under the same one only
+
+    @property
+    def prompt(self) -> tuple[int, ...]:
+        """What stands before an activated LoRA acts."""
+        return self.sequence.input_ids[: self.sequence.adapter_start]
+
+
+def rows_body(rows: Sequence[Row], top: int, *, base: bool = False) -> dict[str, Any]:
+    """A prefill-only request for the log-probabilities from each row's first target on, `top` best tokens beside each.
+
+    With `base`, a row takes keys and values of its prompt from what the base model computed under its key, and leaves
+    nothing behind.
+    """
+    sampling: list[dict[str, Any]] = [dict(_PREFILL_ONLY) for _ in rows]
+    if base:
+        for options, row in zip(sampling, rows, strict=True):
+            options["custom_params"] = {BASE_PREFIX: [row.sequence.adapter_start, row.key]}
+    return {
+        "input_ids": [list(r.sequence.input_ids) for r in rows],
+        "sampling_params": sampling,
+        "return_logprob": True,
+        "logprob_start_len": [r.sequence.read_start for r in rows],
+        "top_logprobs_num": top,
+        "lora_path": [r.name for r in rows],
+        "extra_key": [r.key for r in rows],
+    }
+
+
+def base_body(input_ids: Sequence[Sequence[int]], keys: Sequence[str]) -> dict[str, Any]:
+    """A request that has the base model compute keys and values of these rows."""
     return {
         "input_ids": [list(ids) for ids in input_ids],
-        "sampling_params": {"max_new_tokens": 0, "temperature": 0.0},
-        "return_logprob": True,
-        "logprob_start_len": list(starts),
-        "top_logprobs_num": top,
-        "lora_path": list(adapters),
-        "extra_key": extra_key,
+        "sampling_params": [dict(_PREFILL_ONLY) for _ in keys],
+        "return_logprob": False,
+        "lora_path": [None] * len(keys),
+        "extra_key": list(keys),
     }

@@ -8,9 +8,12 @@ come back from the workers to be saved; the hash of theirs is compared at each s
 
 from __future__ import annotations
 
+import itertools
 import logging
+import threading
+import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,18 +25,19 @@ from transformers import PreTrainedTokenizerBase
 
 from mezo import philox
 from mezo.engines.base import Work
-from mezo.engines.sglang.client import Client, rows_body, split, worker_state
+from mezo.engines.sglang.client import Client, Row, base_body, rows_body, split, worker_state
 from mezo.engines.sglang.plugin import ADAPTER_MARK
 from mezo.engines.torch.engine import trained_parameters
 from mezo.engines.torch.space import ParameterSpace, tensors_digest
 from mezo.errors import EngineError, UserError
 from mezo.estimator import Probe, Record
-from mezo.objective import Example, TargetScores, TokenSequence, example_losses
+from mezo.objective import Example, TargetScores, TokenSequence, common_prefix, example_losses
 
 logger = logging.getLogger(__name__)
 
 _RECORDS_PER_COMMAND = 256
 _GIVEN_UP_AFTER = 600  # seconds
+_ATTEMPTS = 4  # to have all prompts of a batch in the cache at once
 _ADAPTER_ITSELF = Probe(0, 0.0)
 
 
@@ -50,9 +54,11 @@ class SGLangEngine:
         updates: "workers": slots are written in place inside SGLang's workers, mezo's plugin must be installed there.
             "public": the perturbed adapters are unloaded and loaded again at each step; slow, needs nothing.
         eval_batch_size: examples in one request of `score`.
-        share_prefixes: rows with the same prompt compute it once per probe. SGLang's rows of one request do not share
-            what is not yet cached, so each prompt's first row goes ahead of the others.
+        share_prefixes: compute once what rows have in common: beginnings within one probe, and all of an activated
+            LoRA's prompts.
         owner: name of the run in SGLang; a run that is resumed under the same name takes over what it left there.
+        base_samples: (parameter, type) → `worker.sample_hash` of that weight of the base model, None if it has no such;
+            the servers' weights are compared with it.
     """
 
     def __init__(
@@ -68,6 +74,7 @@ class SGLangEngine:
         eval_batch_size: int = 64,
         share_prefixes: bool = True,
         owner: str | None = None,
+        base_samples: Callable[[str, str], str | None] | None = None,
     ):
         self._clients = list(clients)
         self._adapter = adapter
@@ -88,6 +95,12 @@ class SGLangEngine:
         self._pool = ThreadPoolExecutor(max_workers=len(clients)) if len(clients) > 1 else None
         self._attached = False
         self.work = Work()
+        self.wave_cost = 1024
+        self._lock = threading.Lock()
+        self._row_numbers = itertools.count()
+        self._base_samples = base_samples
+        self._heard = time.monotonic()  # when the workers last heard of us
+        self._computed_prompts: set[tuple[str, str, tuple[int, ...]]] = set()  # (client, key, tokens)
 
     @property
     def model(self) -> None:
@@ -107,10 +120,12 @@ class SGLangEngine:
 
     def score(self, examples: Sequence[Example]) -> TargetScores:
         """See `Engine.score`."""
+        computed = self.work.computed
         parts = [
             self._scores(examples[first : first + self.eval_batch_size], [_ADAPTER_ITSELF], greedy=True)[0]
             for first in range(0, len(examples), self.eval_batch_size)
         ]
+        self.work.computed = computed  # the work of training is counted
         return TargetScores(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
     def update(self, records: Sequence[Record]) -> None:
@@ -163,6 +178,7 @@ class SGLangEngine:
         if len(probes) > len(self._names):
             raise UserError(f"{len(probes)} probes in a step, but {len(self._names)} adapter slots")
         if tuple(probes) == self._in_slots:
+            self._show_life()
             return
         if self._updates == "public":
             self._load_again(probes)
@@ -186,9 +202,9 @@ class SGLangEngine:
                 "applied": self._applied,
                 "updates": [[[r.seed, r.coefficient, r.learning_rate] for r in records] for records in part],
                 "probes": [list(p) for p in probes] if last else [],
-                "version": self._version,
             }
             self._everywhere(lambda client, c=command: client.command(c))
+            self._heard = time.monotonic()
             self._applied += len(part)
             if last:
                 return
@@ -208,11 +224,33 @@ class SGLangEngine:
         def attach(client: Client) -> None:
             self._take_over(client)
             for name in self._names:
+                client.unload_adapter(name)  # left by a run of this name that was killed
                 client.load_adapter(name, self.space.parameters, config)
             client.command(command)
+            self._check_base(client)
 
         self._attached = True  # from here on there may be something to take away
         self._everywhere(attach)
+
+    def _check_base(self, client: Client) -> None:
+        """The server's base model is the one that the journal names, by samples of the weights that both have."""
+        if self._base_samples is None:
+            return
+        served: dict[str, list[str]] = worker_state(client)["base_samples"]
+        compared = 0
+        for name, (dtype, found) in served.items():
+            wanted = self._base_samples(name, dtype)
+            compared += wanted is not None
+            if wanted not in (None, found):
+                raise EngineError(f"{client.name} serves another base model than the journal's: {name} differs")
+        if not compared:
+            logger.warning("%s: its base model could not be compared with the journal's", client.name)
+
+    def _show_life(self) -> None:
+        """A command now and then, also where nothing has to be written for long."""
+        if self._attached and self._updates == "workers" and time.monotonic() - self._heard > _GIVEN_UP_AFTER / 10:
+            self._everywhere(lambda client: client.command({"op": "heartbeat"}))
+            self._heard = time.monotonic()
 
     def _take_over(self, client: Client) -> None:
         """Removes what a run that ended without a word left in SGLang; one run at a time can train there."""
@@ -234,10 +272,12 @@ class SGLangEngine:
             return
 
         def detach(client: Client) -> None:
-            if self._updates == "workers":
-                client.command({"op": "detach", "owner": self._owner})
-            for name in self._names:
-                client.unload_adapter(name)
+            try:
+                if self._updates == "workers":
+                    client.command({"op": "detach", "owner": self._owner})
+            finally:
+                for name in self._names:
+                    client.unload_adapter(name)
 
         self._attached, self._in_slots = False, ()
         self._everywhere(detach)
@@ -252,9 +292,9 @@ class SGLangEngine:
 
         def load(client: Client) -> None:
             for name, tensors in zip(self._names, perturbed, strict=False):
+                client.unload_adapter(name)
                 client.load_adapter(name, tensors, config)
 
-        self._detach()
         self._attached = True
         self._everywhere(load)
 
@@ -294,14 +334,15 @@ class SGLangEngine:
 
     def _ask(self, client: Client, examples: Sequence[Example], probes: int, greedy: bool) -> list[TargetScores]:
         sequences = [s for e in examples for s in e.sequences]
-        rows = [(name, s, min(t.position for t in s.targets)) for name in self._names[:probes] for s in sequences]
-        answers: list[dict[str, Any]] = [{}] * len(rows)
-        for wave in _waves(rows) if self._share_prefixes else [range(len(rows))]:
-            names, part, starts = zip(*(rows[i] for i in wave), strict=True)
-            key = f"{self._session}-{self._version}"
-            body = rows_body([s.input_ids for s in part], starts, names, key, int(greedy))
-            for i, answer in zip(wave, client.generate(body), strict=True):
-                answers[i] = answer
+        activated = any(s.adapter_start for s in sequences)
+        key = f"{self._session}-{'base' if activated else self._version}"
+        # Without reuse each row has a key of its own.
+        rows = [
+            Row(name, s, key if self._share_prefixes else f"{self._session}-row-{next(self._row_numbers)}")
+            for name in self._names[:probes]
+            for s in sequences
+        ]
+        answers = (self._generate_activated if activated else self._generate)(client, rows, greedy)
         found = []
         for first in range(0, len(answers), len(sequences)):
             pairs = zip(sequences, answers[first : first + len(sequences)], strict=True)
@@ -310,6 +351,66 @@ class SGLangEngine:
             found.append(TargetScores(torch.tensor(logprobs), torch.tensor(best)))
         return found
 
+    def _generate(self, client: Client, rows: Sequence[Row], greedy: bool) -> list[dict[str, Any]]:
+        """Answers of all rows; what rows have in common is computed once per probe."""
+        answers: list[dict[str, Any]] = [{}] * len(rows)
+        for wave in waves(rows, self.wave_cost) if self._share_prefixes else [range(len(rows))]:
+            body = rows_body([rows[i] for i in wave], int(greedy))
+            for i, answer in zip(wave, client.generate(body), strict=True):
+                answers[i] = answer
+                self._count(rows[i].sequence.input_ids, answer)
+        return answers
+
+    def _generate_activated(self, client: Client, rows: Sequence[Row], greedy: bool) -> list[dict[str, Any]]:
+        """The same for an activated LoRA. Its prompts are the base model's: computed once for both signs and all steps.
+
+        SGLang may evict a prompt, and would then compute it with the adapter. Such rows are known by their number of
+        cached tokens; their answers are thrown away, the prompts computed again.
+        """
+        answers: list[dict[str, Any]] = [{}] * len(rows)
+        left = list(range(len(rows)))
+        for _ in range(_ATTEMPTS):
+            self._compute_prompts(client, [rows[i] for i in left])
+            body = rows_body([rows[i] for i in left], int(greedy), base=True)
+            missed = []
+            for i, answer in zip(left, client.generate(body), strict=True):
+                answers[i] = answer
+                self._count(rows[i].sequence.input_ids, answer)
+                if answer["meta_info"]["cached_tokens"] != rows[i].sequence.adapter_start:
+                    missed.append(i)
+                    self._computed_prompts.discard((client.name, rows[i].key, rows[i].prompt))
+            if not missed:
+                return answers
+            left = missed
+        raise EngineError(
+            f"{client.name}: {len(left)} prompts were evicted before they could be used; its KV cache is too small for "
+            "a batch: lower the batch size, or raise --mem-fraction-static"
+        )
+
+    def _compute_prompts(self, client: Client, rows: Sequence[Row]) -> None:
+        """Has the base model compute the prompts that it has not computed yet."""
+        known = self._computed_prompts
+        wanted = dict.fromkeys((client.name, r.key, r.prompt) for r in rows if r.prompt)
+        missing = [prompt for prompt in wanted if prompt not in known]
+        common = common_prefix([tokens for *_, tokens in missing]) if missing and self._share_prefixes else 0
+        parts = [missing]
+        if common * (len(missing) - 1) > self.wave_cost:
+            first = missing[0]
+            beginning = (*first[:2], first[2][:common])
+            if beginning not in known:
+                parts = [missing[:1], missing[1:]]
+                known.add(beginning)
+        for part in filter(None, parts):
+            answers = client.generate(base_body([tokens for *_, tokens in part], [key for _, key, _ in part]))
+            for (*_, tokens), answer in zip(part, answers, strict=True):
+                self._count(tokens, answer)
+        if self._share_prefixes:
+            known.update(missing)
+
+    def _count(self, input_ids: Sequence[int], answer: Mapping[str, Any]) -> None:
+        with self._lock:
+            self.work.computed += len(input_ids) - answer["meta_info"]["cached_tokens"]
+
     def _everywhere(self, function: Callable[..., Any], *columns: Sequence[Any]) -> list[Any]:
         """`function(client, …)` for each client, at the same time if there are several."""
         if self._pool is None:
@@ -317,16 +418,32 @@ class SGLangEngine:
         return list(self._pool.map(function, self._clients, *columns))
 
 
-def _waves(rows: Sequence[tuple[str, TokenSequence, int]]) -> list[Sequence[int]]:
-    """Rows in two requests if some share adapter and prompt: each prompt's first row, then the others."""
-    seen: set[tuple[str, tuple[int, ...]]] = set()
-    first: list[int] = []
-    later: list[int] = []
-    for i, (name, sequence, start) in enumerate(rows):
-        prompt = (name, sequence.input_ids[:start])
-        (later if prompt in seen else first).append(i)
-        seen.add(prompt)
-    return [first, later] if later else [first]
+def waves(rows: Sequence[Row], wave_cost: int) -> list[list[int]]:
+    """Rows in up to three requests, because rows of one request do not share what is not cached yet.
+
+    First a row of each probe, if all rows have a beginning in common; then one of each prompt; then the others.
+
+    Args:
+        rows: of all probes.
+        wave_cost: what one more request costs, in tokens; a wave that saves less is left out.
+    """
+    prompts = [r.sequence.input_ids[: r.sequence.read_start] for r in rows]
+    first_of_probe: dict[str, int] = {}
+    first_of_prompt: dict[tuple[str, tuple[int, ...]], int] = {}
+    saved = 0
+    for i, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
+        first_of_probe.setdefault(row.name, i)
+        if first_of_prompt.setdefault((row.name, prompt), i) != i:
+            saved += len(prompt)
+    found: list[list[int]] = []
+    heads = list(first_of_prompt.values()) if saved > wave_cost else list(range(len(rows)))
+    if common_prefix(prompts) * (len(heads) - len(first_of_probe)) > wave_cost:
+        found.append(list(first_of_probe.values()))
+    taken = set(found[0]) if found else set()
+    found.append([i for i in heads if i not in taken])
+    if len(heads) < len(rows):
+        found.append([i for i in range(len(rows)) if i not in set(heads)])
+    return [wave for wave in found if wave]
 
 
 def _targets(sequence: TokenSequence, meta_info: dict[str, Any], greedy: bool) -> list[tuple[float, bool]]:
@@ -335,7 +452,7 @@ def _targets(sequence: TokenSequence, meta_info: dict[str, Any], greedy: bool) -
     SGLang's list starts at token `logprob_start_len`, whose own log-probability is not given; the one of token p + 1
     is the model's output at position p.
     """
-    start = min(t.position for t in sequence.targets)
+    start = sequence.read_start
     logprobs = meta_info["input_token_logprobs"]
     if len(logprobs) != len(sequence.input_ids) - start:
         raise EngineError(f"SGLang gave {len(logprobs)} log-probabilities for {len(sequence.input_ids) - start} tokens")

@@ -16,6 +16,8 @@ from typing import Any
 from torch import Tensor
 
 PREFIX = "mezo "
+RADIX_BACKEND = "mezo"  # --radix-cache-backend
+BASE_PREFIX = "mezo_base_prefix"  # custom_params of a request: [tokens, key under which the base model computed them]
 ADAPTER_MARK = "mezo"  # key of an adapter's config that makes workers keep its tensors in float32
 
 logger = logging.getLogger(__name__)
@@ -28,7 +30,7 @@ def register() -> None:
     from mezo.engines.sglang import versions
 
     versions.complete_opt()
-    versions.without_pinned_memory()
+    versions.register_radix_backend(RADIX_BACKEND, BASE_PREFIX)
     HookRegistry.register(versions.SET_STATE, _set_state, HookType.AROUND)
     HookRegistry.register(versions.GET_STATE, _get_state, HookType.AFTER)
     HookRegistry.register(versions.LOAD_TENSORS, _load_tensors, HookType.AFTER)
@@ -49,7 +51,7 @@ def _set_state(original: Callable[..., Any], scheduler: Any, request: Any) -> An
     if not hasattr(scheduler, "mezo_worker"):
         scheduler.mezo_worker = Worker(scheduler)
     # An exception here would end the server for everybody; the client asks for the state and raises.
-    return versions.set_state_answer(scheduler.mezo_worker.run(json.loads(names[0].removeprefix(PREFIX))))
+    return versions.set_state_answer(scheduler.mezo_worker.run(names[0].removeprefix(PREFIX)))
 
 
 def _get_state(answer: Any, scheduler: Any, request: Any) -> Any:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import pickle
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -11,6 +13,8 @@ import torch
 from torch import Tensor
 
 from mezo.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 OLDEST, NEWEST = (0, 5, 17), (0, 5, 20)
 
@@ -30,14 +34,37 @@ def installed() -> str:
         version = importlib.metadata.version("sglang")
     except importlib.metadata.PackageNotFoundError:
         raise UserError("engine sglang needs SGLang here: pip install 'mezo[sglang]'") from None
-    numbers = tuple(int(part) for part in version.split(".")[:3] if part.isdigit())
-    if numbers < OLDEST:
-        raise UserError(f"engine sglang needs SGLang {_dotted(OLDEST)} to {_dotted(NEWEST)}, found {version}")
+    check_version(version, "SGLang here")
     return version
+
+
+def check_version(version: str, where: str) -> None:
+    """Refuses releases older than what this module was read against, and warns of newer ones."""
+    numbers = tuple(map(int, re.findall(r"\d+", version)[:3]))
+    wanted = f"SGLang {_dotted(OLDEST)} to {_dotted(NEWEST)}"
+    if numbers < OLDEST:
+        raise UserError(f"engine sglang needs {wanted}; {where} is {version}")
+    if numbers > NEWEST:
+        logger.warning("engine sglang was tested with %s; %s is %s", wanted, where, version)
 
 
 def _dotted(version: tuple[int, ...]) -> str:
     return ".".join(map(str, version))
+
+
+def all_ranks(scheduler: Any, value: str) -> list[str]:
+    """The value of every tensor-parallel rank."""
+    group = getattr(scheduler, "tp_cpu_group", None)
+    if group is None or torch.distributed.get_world_size(group) == 1:
+        return [value]
+    values: list[str] = [""] * torch.distributed.get_world_size(group)
+    torch.distributed.all_gather_object(values, value, group=group)
+    return values
+
+
+def base_parameters(scheduler: Any) -> dict[str, Tensor]:
+    """The served model's parameters by SGLang's names."""
+    return dict(scheduler.tp_worker.model_runner.model.named_parameters())
 
 
 def set_state_request(values: Mapping[str, int]) -> Any:
@@ -87,11 +114,6 @@ def lora_manager(scheduler: Any) -> Any:
     """The LoRA manager of a scheduler process, or None without LoRA."""
     runner = scheduler.tp_worker.model_runner
     return runner.lora_manager if runner.server_args.enable_lora else None
-
-
-def tp_size(scheduler: Any) -> int:
-    """Tensor-parallel ranks."""
-    return int(scheduler.tp_worker.model_runner.server_args.tp_size)
 
 
 def adapter_id(manager: Any, name: str) -> str:
@@ -168,32 +190,15 @@ def complete_opt() -> None:
     OPTForCausalLM.get_hidden_dim = get_hidden_dim
 
 
-def without_pinned_memory() -> None:
-    """SGLang's LoRA asks for pinned memory, which a machine without an accelerator does not have."""
-    if torch.cuda.is_available():
-        return
-    for name in ("tensor", "zeros", "ones", "empty", "full", "arange", "empty_like", "zeros_like"):
-        setattr(torch, name, _ignoring_pin_memory(getattr(torch, name)))
-    torch.Tensor.pin_memory = lambda self, *_, **__: self  # type: ignore[method-assign]
-
-
-def _ignoring_pin_memory(function: Any) -> Any:
-    def call(*args: Any, pin_memory: bool = False, **options: Any) -> Any:
-        return function(*args, **options)
-
-    return call
-
-
-def adapter_tensors(manager: Any, name: str, names_of: Any) -> dict[str, Tensor]:
+def adapter_tensors(manager: Any, name: str, templates: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Float32 tensors of a loaded adapter under PEFT's names, unstacked.
 
     Args:
         manager: SGLang's LoRA manager.
         name: the adapter.
-        names_of: (rank, targets) → tensors under PEFT's names with the right shapes.
+        templates: tensors under PEFT's names with the right shapes.
     """
     loaded = manager.loras[adapter_id(manager, name)]
-    templates: dict[str, Tensor] = names_of(loaded.config.r, list(loaded.config.target_modules))
     marks = {key: torch.full(t.shape, i + 1.0) for i, (key, t) in enumerate(templates.items())}
     tensors = {}
     for layer, marked in zip(loaded.layers, stacked_weights(manager, name, marks), strict=True):
@@ -221,19 +226,48 @@ def unload_from(manager: Any, name: str) -> None:
             manager.unload_lora_adapter(reference)
 
 
+def base_prefix_cache(params: Any, mark: str) -> Any:
+    """SGLang's radix cache, in which a request may take the base model's keys and values for its first tokens.
+
+    Such a request names their number and key under `mark` in its `custom_params`. What it computes depends on its
+    adapter from some token on and on the base model before, so it is left out of the tree.
+    """
+    from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey
+
+    class BasePrefixRadixCache(RadixCache):
+        def match_prefix(self, params: Any) -> Any:
+            request = params.req
+            custom = getattr(getattr(request, "sampling_params", None), "custom_params", None)
+            if isinstance(custom, dict) and mark in custom:
+                length, key = custom[mark]
+                request.skip_radix_cache_insert = True
+                params.key = RadixKey(params.key.token_ids, key, limit=length)
+            return super().match_prefix(params)
+
+    return BasePrefixRadixCache(params)
+
+
+def register_radix_backend(name: str, mark: str) -> None:
+    """Makes `base_prefix_cache` known as --radix-cache-backend."""
+    from sglang.srt.mem_cache.registry import register_radix_cache_backend, registered_radix_cache_backends
+
+    if name not in registered_radix_cache_backends():
+        register_radix_cache_backend(name, lambda context: base_prefix_cache(context.params, mark))
+
+
 class Prefill:
     """Prefill batches on a bare `ModelRunner`, with a radix cache and without a scheduler.
 
     Args:
         model_runner: with memory pools and attention backends made.
+        mark: see `base_prefix_cache`.
     """
 
-    def __init__(self, model_runner: Any):
+    def __init__(self, model_runner: Any, mark: str):
         from sglang.srt.mem_cache.cache_init_params import CacheInitParams
-        from sglang.srt.mem_cache.radix_cache import RadixCache
 
         self._runner = model_runner
-        self._tree = RadixCache(
+        self._tree = base_prefix_cache(
             CacheInitParams(
                 disable=False,
                 req_to_token_pool=model_runner.req_to_token_pool,
@@ -241,9 +275,16 @@ class Prefill:
                 page_size=model_runner.server_args.page_size,
                 is_eagle=False,
                 tp_cache_group=None,
-            )
+            ),
+            mark,
         )
         self._count = 0
+
+    def close(self) -> None:
+        """Gives the cache's part of the memory pools back."""
+        from sglang.srt.mem_cache.base_prefix_cache import EvictParams
+
+        self._tree.evict(EvictParams(num_tokens=self._runner.max_total_num_tokens))
 
     @torch.no_grad()
     def __call__(self, body: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -257,19 +298,21 @@ class Prefill:
         from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
         runner, requests = self._runner, []
-        ids = [adapter_id(runner.lora_manager, name) for name in body["lora_path"]]
-        top = body["top_logprobs_num"]
-        for tokens, start, lora_id in zip(body["input_ids"], body["logprob_start_len"], ids, strict=True):
+        ids = [None if name is None else adapter_id(runner.lora_manager, name) for name in body["lora_path"]]
+        wanted, top = body["return_logprob"], body.get("top_logprobs_num", 0)
+        starts = body["logprob_start_len"] if wanted else [-1] * len(ids)
+        columns = (body["input_ids"], starts, ids, body["sampling_params"], body["extra_key"])
+        for tokens, start, lora_id, options, key in zip(*columns, strict=True):
             self._count += 1
             request = Req(
                 rid=str(self._count),
                 origin_input_text="",
                 origin_input_ids=array("q", tokens),
-                sampling_params=SamplingParams(temperature=0, max_new_tokens=0),
-                return_logprob=True,
+                sampling_params=SamplingParams(**options),
+                return_logprob=wanted,
                 top_logprobs_num=top,
                 lora_id=lora_id,
-                extra_key=body["extra_key"],
+                extra_key=key,
             )
             request.logprob_start_len = start
             request.init_next_round_input(self._tree)
@@ -293,8 +336,11 @@ class Prefill:
         forward = ForwardBatch.init_new(batch, runner, return_hidden_states_before_norm=False)
         output = runner.forward(forward).logits_output
         answers, at = [], 0
-        logprobs = output.input_token_logprobs.tolist()
+        logprobs = output.input_token_logprobs.tolist() if wanted else []
         for row, request in enumerate(requests):
+            if not wanted:
+                answers.append({"meta_info": {"cached_tokens": len(request.prefix_indices)}})
+                continue
             count = batch.extend_lens[row] - batch.extend_logprob_start_lens[row]
             tokens = body["input_ids"][row][len(body["input_ids"][row]) - count :]
             read = [(None, tokens[0]), *zip(logprobs[at : at + count - 1], tokens[1:], strict=True)]

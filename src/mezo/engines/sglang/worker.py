@@ -6,9 +6,10 @@ and hands its slice to its slots. So ranks agree on z without talking to each ot
 
 from __future__ import annotations
 
+import json
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from mezo import philox
 from mezo.engines.sglang import versions
-from mezo.engines.torch.space import ParameterSpace
+from mezo.engines.torch.space import ParameterSpace, tensors_digest
 from mezo.estimator import Record
 
 logger = logging.getLogger(__name__)
@@ -36,11 +37,11 @@ class Slots:
         self.manager = manager
         self.names = list(names)
         self.weight_decay = weight_decay
-        masters: dict[str, Tensor] = {n: t.to(manager.device) for n, t in manager.mezo_tensors[names[0]].items()}
+        kept = [manager.mezo_tensors.pop(name) for name in names]  # all the same
+        masters: dict[str, Tensor] = {n: t.to(manager.device) for n, t in kept[0].items()}
         self.space = ParameterSpace(masters, normalize_perturbations)
         self.rank = next(t.shape[0] for name, t in masters.items() if ".lora_A." in name)
         self.applied = 0  # updates so far
-        self.version = 0  # of the slots
         marks = {name: torch.full_like(t, i + 1, device="cpu") for i, (name, t) in enumerate(masters.items())}
         layout = versions.stacked_weights(manager, names[0], marks)
         # As SGLang stacks the adapter: one buffer per stacked weight, and which rows of it each parameter fills.
@@ -71,14 +72,13 @@ class Slots:
         self.applied += 1
 
     @torch.no_grad()
-    def write(self, probes: Sequence[tuple[int, float]], version: int) -> None:
+    def write(self, probes: Sequence[tuple[int, float]]) -> None:
         """Writes (seed, scale) into the slots; scale 0 is the adapter itself."""
         numbers = versions.make_resident(self.manager, self.names)
         for slot, (seed, scale) in zip(numbers, probes, strict=False):
             self._fill(seed, scale)
             self._copy_into(slot)
         versions.slots_changed(self.manager, numbers[: len(probes)])
-        self.version = version
 
     def _fill(self, seed: int, scale: float) -> None:
         if scale == 0.0:
@@ -119,19 +119,25 @@ class Worker:
         self._owner = ""
         self._error = ""
         self._digest_value = ""
+        self._base_samples: dict[str, list[str]] = {}
         self._heard = time.monotonic()
 
-    def run(self, command: Mapping[str, Any]) -> bool:
-        """Runs a command; False if it failed, with the reason in `state`."""
+    def run(self, text: str) -> bool:
+        """Runs a command, a JSON object; False if it failed on some rank, with the reason in `state`."""
         self._heard = time.monotonic()
+        commands: dict[str, Callable[..., None]] = {
+            "attach": self._attach, "detach": self._detach, "digest": self._digest, "step": self._step,
+            "heartbeat": lambda **_: None,
+        }  # fmt: skip
         try:
-            getattr(self, f"_{command['op']}")(**{k: v for k, v in command.items() if k != "op"})
-        except Exception as error:  # whatever it is must not end the server
-            logger.exception("mezo: %s failed", command.get("op"))
-            self._error = f"{command.get('op')}: {error}"
-            return False
-        self._error = ""
-        return True
+            command = json.loads(text)
+            commands[command.pop("op")](**command)
+            error = ""
+        except Exception as failure:  # whatever it is must not end the server
+            logger.exception("mezo: %s failed", text[:200])
+            error = f"{type(failure).__name__}: {failure}"
+        self._error = next(filter(None, versions.all_ranks(self._scheduler, error)), "")
+        return not self._error
 
     def state(self) -> dict[str, object]:
         """What the client may want to know."""
@@ -142,9 +148,8 @@ class Worker:
             "owner": self._owner,
             "names": self._slots.names,
             "idle_seconds": time.monotonic() - self._heard,
-            "applied": self._slots.applied,
-            "version": self._slots.version,
             "digest": self._digest_value,
+            "base_samples": self._base_samples,
         }
 
     def _attach(self, owner: str, names: list[str], normalize_perturbations: bool, weight_decay: float) -> None:
@@ -153,22 +158,26 @@ class Worker:
             raise RuntimeError("SGLang runs without LoRA; start it with --enable-lora")
         self._slots = Slots(manager, names, normalize_perturbations, weight_decay)
         self._owner = owner
+        self._base_samples = {
+            name: [str(p.dtype).removeprefix("torch."), sample_hash(p)]
+            for name, p in versions.base_parameters(self._scheduler).items()
+            if p.is_floating_point() and p.ndim <= 2
+        }
 
     def _detach(self, owner: str) -> None:
         if owner == self._owner:
             self._slots, self._owner = None, ""
 
     def _digest(self, owner: str) -> None:
-        self._digest_value = self._of(owner).space.digest()
+        digests = versions.all_ranks(self._scheduler, self._of(owner).space.digest())
+        self._digest_value = digests[0] if len(set(digests)) == 1 else "ranks differ"
 
     def _of(self, owner: str) -> Slots:
         if self._slots is None or owner != self._owner:
             raise RuntimeError("no such run is attached here; was SGLang started anew?")
         return self._slots
 
-    def _step(
-        self, owner: str, applied: int, updates: list[list[list[Any]]], probes: list[tuple[int, float]], version: int
-    ) -> None:
+    def _step(self, owner: str, applied: int, updates: list[list[list[Any]]], probes: list[tuple[int, float]]) -> None:
         """Updates since the last command, then the slots. `applied`: updates that the client believes to be in."""
         slots = self._of(owner)
         if applied != slots.applied:
@@ -176,7 +185,13 @@ class Worker:
         for step in updates:
             slots.update([Record(0, seed, 0.0, 0.0, coefficient, rate, 0, 0) for seed, coefficient, rate in step])
         if probes:
-            slots.write(probes, version)
+            slots.write(probes)
+
+
+def sample_hash(parameter: Tensor) -> str:
+    """Hash of a corner of a base parameter, which tensor parallelism leaves on the first rank."""
+    corner = parameter.detach()[tuple(slice(0, size) for size in (8, 64)[: parameter.ndim])]
+    return tensors_digest({"": corner.cpu().contiguous()})
 
 
 def _runs(mark: Tensor, names: Sequence[str]) -> list[tuple[str, slice]]:

@@ -30,7 +30,7 @@ from mezo.engines.torch.perturbed import PerturbedForward
 from mezo.engines.torch.reuse import Stage, TensorStore, cache_of_rows, rows_of_cache, shared_prefixes
 from mezo.engines.torch.space import ParameterSpace, tensors_digest
 from mezo.estimator import Probe, Record
-from mezo.objective import Example, TargetScores, TokenSequence, example_losses
+from mezo.objective import Example, TargetScores, TokenSequence, common_prefix, example_losses
 
 logger = logging.getLogger(__name__)
 
@@ -273,12 +273,23 @@ class TorchEngine:
         assert isinstance(self.model, PeftModel)
         for first in range(0, len(missing), self.train_batch_size):
             keys = missing[first : first + self.train_batch_size]
+            common = min(common_prefix(keys), len(keys[0]) - 1) if self._share and len(keys) > 1 else 0
+            beginning = [Stage([keys[0][:common]], [0], [0])] if common > self._pass_cost / len(keys) else []
+            start = common if beginning else 0
+            rest = Stage(
+                [key[start:] for key in keys],
+                [0] * len(keys) if beginning else list(range(len(keys))),
+                [start] * len(keys),
+            )
+            past: Past | None = None
             with self.model.disable_adapter():
-                past = self._extend(None, Stage(keys, [0] * len(keys), [0] * len(keys)), 1)
+                for stage in (*beginning, rest):
+                    past = self._extend(past, stage, 1)
+                    self.work.computed += stage.num_tokens
+            assert past is not None
             for key, prefix in zip(keys, rows_of_cache(past.cache, list(map(len, keys))), strict=True):
                 found[key] = prefix
                 self._store.put(key, prefix)
-            self.work.computed += sum(map(len, keys))
         some = next(iter(found.values()))
         found[()] = some[:, :, :, :0]
         return Past(*cache_of_rows([found[key] for key in wanted], num_probes, self.model.device))

@@ -1,0 +1,83 @@
+"""A job: random batches on one ModelRunner, with sharing and without."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+from mezo.activation import activate
+from mezo.engines.sglang.client import Row
+from mezo.engines.sglang.engine import waves
+from mezo.estimator import Record, TwoPoint
+from mezo.objective import Example, Target, TokenSequence, common_prefix
+from tests.sglang.jobs import engine_on, model_runner
+
+INVOCATION = [7, 8]
+
+
+def batch(generator: random.Random, *, activated: bool) -> list[Example]:
+    """Examples with a common instruction, prompts of their own and one to four options."""
+    instruction = generator.choices(range(10, 30), k=generator.randrange(9))
+    examples = []
+    for _ in range(generator.randint(1, 5)):
+        prompt = [*instruction, *generator.choices(range(10, 30), k=generator.randint(1, 9))]
+        prompt += INVOCATION if activated else []
+        sequences = []
+        for option in range(generator.randint(1, 4)):
+            answer = generator.choices(range(10, 30), k=generator.randint(1, 4))
+            targets = tuple(Target(len(prompt) - 1 + i, t, option) for i, t in enumerate(answer))
+            sequences.append(TokenSequence((*prompt, *answer), targets))
+        examples.append(Example(tuple(sequences), 0))
+    return activate(examples, INVOCATION) if activated else examples
+
+
+def expected_tokens(examples: list[Example]) -> int:
+    """Tokens that two probes compute: of each row what no row of an earlier wave has computed."""
+    table = [Row(name, s, "") for name in "+-" for e in examples for s in e.sequences]
+    computed = 0
+    earlier: list[int] = []
+    for wave in waves(table, 0):
+        for i in wave:
+            ids, limit = table[i].sequence.input_ids, table[i].sequence.read_start
+            others = [table[j].sequence.input_ids for j in earlier if table[j].name == table[i].name]
+            computed += len(ids) - max((common_prefix([ids[:limit], other]) for other in others), default=0)
+        earlier += wave
+    return computed
+
+
+def run(model: str, out: str, start: str) -> None:
+    """Writes the largest difference of losses, and how many tokens each step computed."""
+    targets = json.loads((Path(start) / "adapter_config.json").read_text())["target_modules"]
+    runner = model_runner(model, targets)
+    generator, estimator = random.Random(0), TwoPoint(3, 0.05)
+    engines = [engine_on(runner, model, start, share=share) for share in (True, False)]
+    engines[0].wave_cost = 0
+    found: dict[str, Any] = {"difference": 0.0, "computed": [], "expected": [], "prompts": []}
+
+    def step(number: int, examples: list[Example]) -> int:
+        probes = estimator.probes(number)
+        before = engines[0].work.computed
+        losses = [engine.losses(examples, probes) for engine in engines]
+        found["difference"] = max(found["difference"], float((losses[0] - losses[1]).abs().max()))
+        (outcome,) = estimator.outcomes(probes, [float(v) for v in losses[1].mean(dim=1)])
+        for engine in engines:
+            engine.update([Record(number, *outcome, 1e-3, 0, len(examples))])
+        return round(engines[0].work.computed - before)
+
+    for number in range(12):
+        examples = batch(generator, activated=False)
+        found["computed"].append(step(number, examples))
+        found["expected"].append(expected_tokens(examples))
+    batches = [batch(generator, activated=True) for _ in range(4)]
+    for number in range(12, 28):
+        if number in (20, 21, 25):
+            engines[0]._clients[0]._prefill.close()  # everything is evicted
+        examples = batches[number % 4]
+        suffix = 2 * sum(len(s.input_ids) - s.adapter_start for e in examples for s in e.sequences)
+        found["prompts"].append([number, step(number, examples) - suffix])
+    found["asked"] = [engine.work.asked for engine in engines]
+    found["all_computed"] = [engine.work.computed for engine in engines]
+    for engine in engines:
+        engine.close()
+    found["left"] = runner.max_total_num_tokens - runner.token_to_kv_pool_allocator.available_size()
+    Path(out).write_text(json.dumps(found))

@@ -1,0 +1,100 @@
+"""Keys and values that are reused give the losses of computing everything, also after evictions."""
+
+import json
+
+import pytest
+
+from mezo import MeZOConfig, journal
+from mezo.engines.sglang import build
+from mezo.engines.sglang.client import Row
+from mezo.engines.sglang.engine import SGLangEngine, waves
+from mezo.errors import EngineError
+from mezo.objective import TokenSequence
+from tests.sglang.conftest import finish, start_job
+from tests.sglang.test_trajectory import assert_same_adapter, assert_same_run
+
+STEPS = 20
+ALORA = {"lora_variant": "alora", "num_steps": STEPS}
+
+
+@pytest.mark.parametrize("reuse", [True, False], ids=["reuse", "everything computed"])
+def test_activated_lora_takes_the_torch_engines_trajectory(reuse, reference, model_folder, tmp_path):
+    run = tmp_path / "run"
+    options = {**ALORA, "enable_kv_cache_optimization": reuse}
+    if reuse:  # room for one batch and little more: prompts are evicted all the time
+        options["sglang_engine_args"] = {"max_total_tokens": 300}
+    finish(start_job("finetune", model=model_folder("llama"), out=str(run), engine="sglang", **options))
+    expected = reference("llama", **ALORA)
+    assert_same_run(run, expected, STEPS)
+    assert_same_adapter(run, expected)
+    steps = [records[0] for records in journal.read(run / "journal").steps]
+    computed, asked = sum(r.computed_tokens for r in steps), sum(r.asked_tokens for r in steps)
+    assert computed < asked if reuse else computed == asked
+    last = json.loads((run / "trainer_state.json").read_text())["log_history"]
+    (entry,) = [e for e in last if e.get("step") == STEPS and "tokens_asked" in e]
+    assert (entry["tokens_asked"], entry["tokens_computed"]) == (asked, computed)
+
+
+def test_random_batches(reference, model_folder, tmp_path):
+    out = tmp_path / "found.json"
+    finish(start_job("reuse", model=model_folder("llama"), out=str(out), start=str(reference("llama"))))
+    found = json.loads(out.read_text())
+    assert found["difference"] < 1e-5
+    assert found["computed"] == found["expected"]  # no token more than necessary
+    assert sum(found["computed"]) < 0.8 * found["asked"][0]
+    assert found["all_computed"][1] == found["asked"][1] == found["asked"][0]
+    prompts = dict(found["prompts"])  # tokens of prompts that were computed in a step
+    assert all(prompts[step] > 0 for step in range(12, 16))
+    assert all(prompts[step] == 0 for step in range(16, 20))
+    # After an eviction the answers with the adapter on the prompt were thrown away and the prompts computed again.
+    assert prompts[20] > 0 and prompts[21] > 0 and prompts[25] > 0
+    assert found["left"] == 0  # the memory pools are as they were
+
+
+def test_waves_by_hand():
+    def row(name, *ids, read):
+        targets = ()
+        return Row(name, type("Sequence", (), {"input_ids": ids, "read_start": read, "targets": targets})(), "")
+
+    rows = [row(name, 1, 2, 3, last, option, read=4) for name in "+-" for last in (4, 5) for option in (8, 9)]
+    assert waves(rows, 0) == [[0, 4], [2, 6], [1, 3, 5, 7]]
+    assert waves(rows, 15) == [[0, 2, 4, 6], [1, 3, 5, 7]]
+    assert waves(rows, 16) == [[0, 4], [1, 2, 3, 5, 6, 7]]
+    assert waves(rows, 100) == [list(range(8))]
+    assert waves([rows[0], rows[4]], 0) == [[0, 1]]
+
+
+def test_prompts_that_never_stay_are_an_error():
+    class Forgetful:
+        name = "SGLang"
+
+        def generate(self, body):
+            return [{"meta_info": {"cached_tokens": 0}} for _ in body["input_ids"]]
+
+    engine = SGLangEngine.__new__(SGLangEngine)
+    engine._share_prefixes, engine._computed_prompts, engine.wave_cost = True, set(), 0
+    engine._count = lambda *_: None
+    sequence = TokenSequence((1, 2, 3), (), adapter_start=2)
+    object.__setattr__(sequence, "targets", (type("Target", (), {"position": 2})(),))
+    with pytest.raises(EngineError, match="KV cache is too small"):
+        engine._generate_activated(Forgetful(), [Row("a", sequence, "key")], False)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"radix_cache_backend": None}, "--radix-cache-backend mezo"),
+        ({"chunked_prefill_size": 2048}, "--chunked-prefill-size -1"),
+        ({"page_size": 16}, "--page-size 1"),
+        ({"disable_radix_cache": True}, "--disable-radix-cache False"),
+    ],
+)
+def test_servers_that_cannot_keep_prompts(change, message):
+    config = MeZOConfig(model_name_or_path="m", use_peft=True, lora_variant="alora")
+    info = {
+        "enable_lora": True, "version": "0.5.20", "radix_cache_backend": "mezo", "chunked_prefill_size": -1,
+        "page_size": 1, "disable_radix_cache": False,
+    }  # fmt: skip
+    build.check_server(info, "SGLang", config, 2)
+    with pytest.raises(EngineError, match=message):
+        build.check_server({**info, **change}, "SGLang", config, 2)
