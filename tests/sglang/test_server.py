@@ -209,9 +209,9 @@ def test_a_server_with_another_base_model(servers, model_folder, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(model_folder("llama"), other)
     weights = load_file(str(other / "model.safetensors"))
-    weights["model.layers.1.mlp.down_proj.weight"][0, 0] += 0.5
+    weights["model.layers.1.self_attn.o_proj.weight"][0, 0] += 0.5
     save_file(weights, str(other / "model.safetensors"), metadata={"format": "pt"})
-    with pytest.raises(EngineError, match=r"another base model.*layers\.1\.mlp\.down_proj"):
+    with pytest.raises(EngineError, match=r"another base model.*layers\.1\.self_attn\.o_proj"):
         mezo_finetune(str(other), rows(), output_dir=tmp_path / "run", **options([servers[0].url]))
     assert not any(name.startswith("mezo") for name in adapters(servers[0]))
 

@@ -69,9 +69,12 @@ def build_engine(config: MeZOConfig, kind: str, tokenizer: PreTrainedTokenizerBa
     )
 
 
-def _base_sample(config: MeZOConfig, name: str, dtype: str) -> str | None:
+def _base_sample(config: MeZOConfig, name: str, dtype: str, shape: list[int]) -> str | None:
+    """Of weights that SGLang keeps as they are: not merged, padded, packed, or cut for tensor parallelism."""
     tensor = checkpoint_tensor(config.model_name_or_path, config.model_revision, name)
-    return None if tensor is None else sample_hash(tensor.to(getattr(torch, dtype)))
+    if tensor is None or list(tensor.shape) != shape:
+        return None
+    return sample_hash(tensor.to(getattr(torch, dtype)))
 
 
 def run_name(config: MeZOConfig) -> str:

@@ -57,8 +57,8 @@ class SGLangEngine:
         share_prefixes: compute once what rows have in common: beginnings within one probe, and all of an activated
             LoRA's prompts.
         owner: name of the run in SGLang; a run that is resumed under the same name takes over what it left there.
-        base_samples: (parameter, type) → `worker.sample_hash` of that weight of the base model, None if it has no such;
-            the servers' weights are compared with it.
+        base_samples: (parameter, type, shape) → `worker.sample_hash` of that weight of the base model, None if it has
+            no such; the servers' weights are compared with it.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class SGLangEngine:
         eval_batch_size: int = 64,
         share_prefixes: bool = True,
         owner: str | None = None,
-        base_samples: Callable[[str, str], str | None] | None = None,
+        base_samples: Callable[[str, str, list[int]], str | None] | None = None,
     ):
         self._clients = list(clients)
         self._adapter = adapter
@@ -236,10 +236,9 @@ class SGLangEngine:
         """The server's base model is the one that the journal names, by samples of the weights that both have."""
         if self._base_samples is None:
             return
-        served: dict[str, list[str]] = worker_state(client)["base_samples"]
         compared = 0
-        for name, (dtype, found) in served.items():
-            wanted = self._base_samples(name, dtype)
+        for name, (dtype, shape, found) in worker_state(client)["base_samples"].items():
+            wanted = self._base_samples(name, dtype, shape)
             compared += wanted is not None
             if wanted not in (None, found):
                 raise EngineError(f"{client.name} serves another base model than the journal's: {name} differs")

@@ -119,7 +119,7 @@ class Worker:
         self._owner = ""
         self._error = ""
         self._digest_value = ""
-        self._base_samples: dict[str, list[str]] = {}
+        self._base_samples: dict[str, list[Any]] = {}
         self._heard = time.monotonic()
 
     def run(self, text: str) -> bool:
@@ -159,7 +159,7 @@ class Worker:
         self._slots = Slots(manager, names, normalize_perturbations, weight_decay)
         self._owner = owner
         self._base_samples = {
-            name: [str(p.dtype).removeprefix("torch."), sample_hash(p)]
+            name: [str(p.dtype).removeprefix("torch."), list(p.shape), sample_hash(p)]
             for name, p in versions.base_parameters(self._scheduler).items()
             if p.is_floating_point() and p.ndim <= 2
         }
@@ -189,7 +189,7 @@ class Worker:
 
 
 def sample_hash(parameter: Tensor) -> str:
-    """Hash of a corner of a base parameter, which tensor parallelism leaves on the first rank."""
+    """Hash of a corner of a base parameter."""
     corner = parameter.detach()[tuple(slice(0, size) for size in (8, 64)[: parameter.ndim])]
     return tensors_digest({"": corner.cpu().contiguous()})
 

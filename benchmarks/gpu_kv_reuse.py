@@ -1,0 +1,182 @@
+"""What reuse of keys and values saves: a training step with it against the same step without.
+
+    python benchmarks/gpu_kv_reuse.py sglang|torch [--shape NAME] [--repeats 10] [--output FILE.csv]
+
+sglang: Llama-8B shape with SGLang's dummy weights. torch: OPT-1.3B shape with random bfloat16 weights. A step is the
+command with scalars, both signs, the losses and the update. Without reuse every token of every row is computed under
+both signs; that is timed as an ordinary LoRA step, because a LoRA that is activated late costs as much and one request
+more. Steps with reuse are those of a second epoch: an activated LoRA's prompts have been computed before.
+"""
+
+import argparse
+import csv
+import itertools
+import random
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from gpu_sglang import SHAPES, make_folder
+from provenance import provenance
+
+from mezo.activation import activate
+from mezo.config import MeZOConfig
+from mezo.estimator import Record, TwoPoint
+from mezo.objective import Example, Target, TokenSequence, batch_loss
+
+INVOCATION, ANSWER = [7], 3
+# name: (examples, options, common tokens, own tokens of the prompt, activated)
+SETTINGS = {
+    "aLoRA, 16 x (397 + 3)": (16, 1, 0, 397, True),
+    "aLoRA, 16 x (1,500 + 3)": (16, 1, 0, 1500, True),
+    "aLoRA, 64 x (397 + 3)": (64, 1, 0, 397, True),
+    "LoRA, 16 x 4 options of 3 to a prompt of 200": (16, 4, 0, 200, False),
+    "LoRA, 1,500 common + 16 x (97 + 3)": (16, 1, 1500, 97, False),
+}
+TORCH_SETTINGS = ["aLoRA, 16 x (397 + 3)"]
+OPT = {
+    "opt-1.3b": {"hidden_size": 2048, "ffn_dim": 8192, "num_hidden_layers": 24, "num_attention_heads": 32},
+    "tiny": {"hidden_size": 64, "ffn_dim": 128, "num_hidden_layers": 2, "num_attention_heads": 4},
+}
+
+
+def make_examples(setting: tuple[int, int, int, int, bool], vocabulary: int) -> list[Example]:
+    count, options, common, own, activated = setting
+    generator = random.Random(0)
+
+    def ids(length: int) -> list[int]:
+        return [generator.randrange(10, vocabulary) for _ in range(length)]
+
+    beginning = ids(common)
+    examples = []
+    for _ in range(count):
+        prompt = [*beginning, *ids(own - 1), *INVOCATION]
+        rows = []
+        for option in range(options):
+            answer = ids(ANSWER)
+            targets = tuple(Target(len(prompt) - 1 + i, token, option) for i, token in enumerate(answer))
+            rows.append(TokenSequence((*prompt, *answer), targets))
+        examples.append(Example(tuple(rows), 0 if options > 1 else None))
+    return activate(examples, INVOCATION) if activated else examples
+
+
+def plain(examples: list[Example]) -> list[Example]:
+    """The same rows for an ordinary LoRA."""
+    return [Example(tuple(TokenSequence(s.input_ids, s.targets) for s in e.sequences), e.label) for e in examples]
+
+
+def timed(engine: Any, examples: list[Example], steps: "itertools.count[int]", repeats: int) -> list[float]:
+    estimator, times = TwoPoint(0, 1e-3), []
+    for repeat in range(repeats + 3):
+        step = next(steps)
+        started = time.perf_counter()
+        probes = estimator.probes(step)
+        losses = [batch_loss(examples, losses_N) for losses_N in engine.losses(examples, probes)]
+        (outcome,) = estimator.outcomes(probes, losses)
+        engine.update([Record(step, *outcome, 1e-6, 0, len(examples))])
+        if repeat >= 3:
+            times.append((time.perf_counter() - started) * 1e3)
+    return times
+
+
+def measure(
+    engine: Any, share: Callable[[bool], None], names: list[str], vocabulary: int, repeats: int
+) -> list[dict[str, str]]:
+    rows, steps = [], itertools.count()
+    for name in names:
+        examples = make_examples(SETTINGS[name], vocabulary)
+        share(False)
+        off = timed(engine, plain(examples), steps, repeats)
+        share(True)
+        before = (engine.work.asked, engine.work.computed)
+        timed(engine, examples, steps, 0)
+        before = (engine.work.asked, engine.work.computed)
+        on = timed(engine, examples, steps, repeats)
+        reused = 100 * (1 - (engine.work.computed - before[1]) / (engine.work.asked - before[0]))
+        base = statistics.median(off)
+        for reuse, times in (("off", off), ("on", on)):
+            low, _, _, high = statistics.quantiles(times, n=5)
+            median = statistics.median(times)
+            rows.append(
+                {"setting": name, "reuse": reuse, "unit": "ms", "median": f"{median:.1f}", "p20": f"{low:.1f}",
+                 "p80": f"{high:.1f}", "faster": f"{base / median:.2f}",
+                 "reused_percent": f"{reused:.2f}" if reuse == "on" else "0"}
+            )  # fmt: skip
+    return rows
+
+
+def on_sglang(shape: str, repeats: int) -> list[dict[str, str]]:
+    from mezo.engines.sglang.build import adapter_on_meta, engine_arguments
+    from mezo.engines.sglang.client import Colocated
+    from mezo.engines.sglang.engine import SGLangEngine
+
+    config = MeZOConfig(
+        model_name_or_path=make_folder(shape), use_peft=True, engine="sglang", lora_variant="alora",
+        alora_invocation_tokens=INVOCATION,
+    )  # fmt: skip
+    adapter = adapter_on_meta(config)
+    more: dict[str, object] = {"load_format": "dummy", "skip_tokenizer_init": True}
+    if torch.cuda.is_available():
+        more |= {"attention_backend": "triton", "sampling_backend": "pytorch", "grammar_backend": "none"}
+    else:
+        more |= {"max_total_tokens": 262144, "mem_fraction_static": 0.1}
+    client = Colocated({**engine_arguments(config, adapter, 2), **more})
+    engine = SGLangEngine([client], adapter, None)  # type: ignore[arg-type]
+
+    def share(on: bool) -> None:
+        engine._share_prefixes = on
+
+    try:
+        return measure(engine, share, list(SETTINGS), SHAPES[shape]["vocab_size"], repeats)  # type: ignore[arg-type]
+    finally:
+        engine.close()
+
+
+def on_torch(shape: str, repeats: int) -> list[dict[str, str]]:
+    from transformers import OPTConfig, OPTForCausalLM
+
+    from mezo.adapter import add_adapter
+    from mezo.engines.torch.engine import TorchEngine
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model_config = OPTConfig(**OPT[shape], word_embed_proj_dim=OPT[shape]["hidden_size"], vocab_size=50272)
+    with device:
+        model = OPTForCausalLM._from_config(model_config, dtype=torch.bfloat16 if device.type == "cuda" else None)
+    config = MeZOConfig(
+        model_name_or_path="random", use_peft=True, lora_variant="alora", alora_invocation_tokens=INVOCATION
+    )
+    adapted = add_adapter(model.eval().requires_grad_(False), config, "causal_lm").to(device)
+    tokenizer = type("Tokenizer", (), {"pad_token_id": 1})
+    engine = TorchEngine(adapted, tokenizer)  # type: ignore[arg-type]
+
+    def share(on: bool) -> None:
+        engine._share = on
+
+    return measure(engine, share, TORCH_SETTINGS, 50272, repeats)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("engine", choices=["sglang", "torch"])
+    parser.add_argument("--shape")
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    shape = options.shape or {"sglang": "llama-8b", "torch": "opt-1.3b"}[options.engine]
+    rows = {"sglang": on_sglang, "torch": on_torch}[options.engine](shape, options.repeats)
+    facts = {"engine": options.engine, "model": shape, **provenance()}
+    for row in rows:
+        figures = f"{row['median']:>8} ms {row['faster']:>6} x {row['reused_percent']:>6} %"
+        print(f"{row['setting']:<46}{row['reuse']:>4}{figures}")
+    if options.output:
+        with options.output.open("w", newline="") as file:
+            writer = csv.DictWriter(file, [*rows[0], *facts])
+            writer.writeheader()
+            writer.writerows({**row, **facts} for row in rows)
+
+
+if __name__ == "__main__":
+    main()
