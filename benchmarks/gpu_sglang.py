@@ -25,8 +25,9 @@ from provenance import provenance
 from mezo.config import MeZOConfig
 from mezo.engines.sglang import versions
 from mezo.engines.sglang.build import adapter_on_meta, engine_arguments
-from mezo.engines.sglang.client import Colocated, Row, rows_body, worker_state
+from mezo.engines.sglang.client import Colocated, worker_state
 from mezo.engines.sglang.engine import SGLangEngine
+from mezo.engines.sglang.scoring import Row, rows_body
 from mezo.estimator import Record, TwoPoint
 from mezo.objective import Example, Target, TokenSequence, batch_loss
 

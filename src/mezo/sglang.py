@@ -122,13 +122,19 @@ class InProcess:
 
     def __init__(self, model_runner: Any, lora_manager: Any):
         self._manager = lora_manager
-        self._worker = Worker(types.SimpleNamespace(tp_worker=types.SimpleNamespace(model_runner=model_runner)))
-        self._prefill = versions.Prefill(model_runner, BASE_PREFIX)
+        self._prefill = versions.Prefill(model_runner, versions.new_tree(model_runner, BASE_PREFIX))
+        self._worker = Worker(
+            types.SimpleNamespace(
+                tp_worker=types.SimpleNamespace(model_runner=model_runner), mezo_prefill=self._prefill
+            )
+        )
 
-    def command(self, command: dict[str, object]) -> None:
+    def command(self, command: dict[str, object]) -> Any:
         """See `Client.command`."""
-        if not self._worker.run(json.dumps(command)):
+        answer = self._worker.run(json.dumps(command))
+        if not answer:
             raise EngineError(f"{self.name}: {self._worker.state()['error']}")
+        return answer
 
     def info(self) -> Mapping[str, Any]:
         """See `Client.info`."""

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mezo.activation import activate
-from mezo.engines.sglang.client import Row
-from mezo.engines.sglang.engine import waves
+from mezo.engines.sglang.scoring import Row, waves
 from mezo.estimator import Record, TwoPoint
 from mezo.objective import Example, Target, TokenSequence, common_prefix
 from tests.sglang.jobs import engine_on, model_runner

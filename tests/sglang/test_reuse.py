@@ -6,10 +6,9 @@ import pytest
 
 from mezo import MeZOConfig, journal
 from mezo.engines.sglang import build
-from mezo.engines.sglang.client import Row
-from mezo.engines.sglang.engine import SGLangEngine, waves
+from mezo.engines.sglang.scoring import Row, Scorer, waves
 from mezo.errors import EngineError
-from mezo.objective import TokenSequence
+from mezo.objective import Target, TokenSequence
 from tests.sglang.conftest import finish, start_job
 from tests.sglang.test_trajectory import assert_same_adapter, assert_same_run
 
@@ -17,12 +16,19 @@ STEPS = 20
 ALORA = {"lora_variant": "alora", "num_steps": STEPS}
 
 
-@pytest.mark.parametrize("reuse", [True, False], ids=["reuse", "everything computed"])
-def test_activated_lora_takes_the_torch_engines_trajectory(reuse, reference, model_folder, tmp_path):
+@pytest.mark.parametrize("how", ["reuse", "everything computed", "requests"])
+def test_activated_lora_takes_the_torch_engines_trajectory(how, reference, model_folder, tmp_path):
     run = tmp_path / "run"
+    reuse = how != "everything computed"
     options = {**ALORA, "enable_kv_cache_optimization": reuse}
-    if reuse:  # room for one batch and little more: prompts are evicted all the time
+    # Room for one batch and little more: prompts are evicted all the time.
+    if how == "reuse":
         options["sglang_engine_args"] = {"max_total_tokens": 300}
+    elif how == "requests":
+        options |= {
+            "sglang_updates": "public",
+            "sglang_engine_args": {"max_total_tokens": 300, "chunked_prefill_size": -1},
+        }
     finish(start_job("finetune", model=model_folder("llama"), out=str(run), engine="sglang", **options))
     expected = reference("llama", **ALORA)
     assert_same_run(run, expected, STEPS)
@@ -53,8 +59,7 @@ def test_random_batches(reference, model_folder, tmp_path):
 
 def test_waves_by_hand():
     def row(name, *ids, read):
-        targets = ()
-        return Row(name, type("Sequence", (), {"input_ids": ids, "read_start": read, "targets": targets})(), "")
+        return Row(name, TokenSequence(ids, (Target(read, 0, 0),)), "")
 
     rows = [row(name, 1, 2, 3, last, option, read=4) for name in "+-" for last in (4, 5) for option in (8, 9)]
     assert waves(rows, 0) == [[0, 4], [2, 6], [1, 3, 5, 7]]
@@ -65,26 +70,18 @@ def test_waves_by_hand():
 
 
 def test_prompts_that_never_stay_are_an_error():
-    class Forgetful:
-        name = "SGLang"
+    def forgetful(body):
+        return [{"meta_info": {"cached_tokens": 0}} for _ in body["input_ids"]]
 
-        def generate(self, body):
-            return [{"meta_info": {"cached_tokens": 0}} for _ in body["input_ids"]]
-
-    engine = SGLangEngine.__new__(SGLangEngine)
-    engine._share_prefixes, engine._computed_prompts, engine.wave_cost = True, set(), 0
-    engine._count = lambda *_: None
-    sequence = TokenSequence((1, 2, 3), (), adapter_start=2)
-    object.__setattr__(sequence, "targets", (type("Target", (), {"position": 2})(),))
+    row = Row("a", TokenSequence((1, 2, 3), (Target(1, 3, 0),), adapter_start=1), "key")
     with pytest.raises(EngineError, match="KV cache is too small"):
-        engine._generate_activated(Forgetful(), [Row("a", sequence, "key")], False)
+        Scorer(forgetful, 0).scores([row], share=True, greedy=False)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"radix_cache_backend": None}, "--radix-cache-backend mezo"),
-        ({"chunked_prefill_size": 2048}, "--chunked-prefill-size -1"),
         ({"page_size": 16}, "--page-size 1"),
         ({"disable_radix_cache": True}, "--disable-radix-cache False"),
     ],
@@ -92,8 +89,8 @@ def test_prompts_that_never_stay_are_an_error():
 def test_servers_that_cannot_keep_prompts(change, message):
     config = MeZOConfig(model_name_or_path="m", use_peft=True, lora_variant="alora")
     info = {
-        "enable_lora": True, "version": "0.5.20", "radix_cache_backend": "mezo", "chunked_prefill_size": -1,
-        "page_size": 1, "disable_radix_cache": False,
+        "enable_lora": True, "version": "0.5.20", "radix_cache_backend": "mezo", "page_size": 1,
+        "disable_radix_cache": False,
     }  # fmt: skip
     build.check_server(info, "SGLang", config, 2)
     with pytest.raises(EngineError, match=message):

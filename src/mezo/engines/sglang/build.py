@@ -145,7 +145,6 @@ def engine_arguments(config: MeZOConfig, adapter: PeftModel, num_probes: int) ->
         arguments |= {
             "radix_cache_backend": RADIX_BACKEND,
             "disable_radix_cache": False,
-            "chunked_prefill_size": -1,
             "page_size": 1,
         }
     more = config.sglang_engine_args or {}
@@ -170,7 +169,5 @@ def check_server(info: Mapping[str, Any], name: str, config: MeZOConfig, num_pro
     if config.lora_variant == "alora":
         needed = {"radix_cache_backend": RADIX_BACKEND, "page_size": 1, "disable_radix_cache": False}
         wrong = [f"--{key.replace('_', '-')} {value}" for key, value in needed.items() if info.get(key) != value]
-        if (info.get("chunked_prefill_size") or -1) > 0:
-            wrong.append("--chunked-prefill-size -1")
         if wrong:
             raise EngineError(f"lora_variant alora: start {name} with {' '.join(wrong)}")

@@ -6,18 +6,20 @@ import base64
 import itertools
 import logging
 import os
+import types
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from mezo.engines.sglang import versions
-from mezo.engines.sglang.plugin import BASE_PREFIX, command_key
+from mezo.engines.sglang.plugin import command_key
 from mezo.errors import EngineError, UserError
-from mezo.objective import TokenSequence
 
 _ADMIN = frozenset(["/set_internal_state", "/unload_lora_adapter"])  # want the admin key where there is one
-_PREFILL_ONLY = {"max_new_tokens": 0, "temperature": 0.0}
+
+
+_DIED = "its scheduler died; the reason stands above"
 
 
 class Client(Protocol):
@@ -25,8 +27,12 @@ class Client(Protocol):
 
     name: str
 
-    def command(self, command: dict[str, object]) -> None:
-        """Runs a command of `worker.Worker` on every rank; raises EngineError with the reason if it fails."""
+    def command(self, command: dict[str, object]) -> Any:
+        """Runs a command of `worker.Worker` on every rank and returns the first one's answer.
+
+        Raises:
+            EngineError: it failed somewhere; with the reason.
+        """
         ...
 
     def info(self) -> Mapping[str, Any]:
@@ -56,7 +62,9 @@ def worker_state(client: Client) -> Mapping[str, Any]:
     return state
 
 
-def _raise_failed(client: Client, command: Mapping[str, object]) -> None:
+def _answer(client: Client, command: Mapping[str, object], answers: Sequence[Any]) -> Any:
+    if all(answers):
+        return answers[0]
     reason = worker_state(client).get("error")
     if reason:
         raise EngineError(f"{client.name}: {reason}")
@@ -84,16 +92,28 @@ class Colocated:
             self._engine = sglang.Engine(custom_sigquit_handler=_scheduler_died, **arguments)
         except (RuntimeError, ValueError, TypeError, AssertionError, OSError) as error:
             raise EngineError(f"SGLang did not start: {error}") from error
+        self._died = False
+        self._manager.signal_handler_class = lambda _: types.SimpleNamespace(
+            sigterm_handler=self._stop, running_phase_sigquit_handler=self._stop
+        )
 
-    def command(self, command: dict[str, object]) -> None:
+    def _stop(self, *_: object) -> None:
+        """In place of SGLang's handlers, which kill this process together with a scheduler that died."""
+        self._died = True
+        kill_children()
+        self._engine.loop.stop()
+
+    def command(self, command: dict[str, object]) -> Any:
         """See `Client.command`."""
         request = versions.set_state_request({command_key(command): 1})
-        if not all(self._run(self._manager.set_internal_state(request))):
-            _raise_failed(self, command)
+        return _answer(self, command, self._run(self._manager.set_internal_state(request)))
 
     def info(self) -> Mapping[str, Any]:
         """See `Client.info`."""
-        info: Mapping[str, Any] = self._engine.get_server_info()
+        try:
+            info: Mapping[str, Any] = self._engine.get_server_info()
+        except RuntimeError as error:
+            raise EngineError(f"{self.name}: {_DIED if self._died else error}") from error
         return info
 
     def generate(self, body: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -128,14 +148,18 @@ class Colocated:
 
     def _run(self, coroutine: Any) -> Any:
         try:
-            return self._engine.loop.run_until_complete(coroutine)
+            if not self._died:
+                return self._engine.loop.run_until_complete(coroutine)
+            coroutine.close()
         except (ValueError, RuntimeError) as error:
-            raise EngineError(f"{self.name}: {error}") from error
+            if not self._died:
+                raise EngineError(f"{self.name}: {error}") from error
+        raise EngineError(f"{self.name}: {_DIED}")
 
 
 def _scheduler_died(*_: object) -> None:
     kill_children()
-    raise EngineError("SGLang: its scheduler died; the reason stands above")
+    raise EngineError(f"SGLang: {_DIED}")
 
 
 def kill_children() -> None:
@@ -169,10 +193,10 @@ class Server:
         self._keys = (api_key, admin_api_key or api_key)
         self._http = requests.Session()
 
-    def command(self, command: dict[str, object]) -> None:
+    def command(self, command: dict[str, object]) -> Any:
         """See `Client.command`."""
-        if not all(self._post("/set_internal_state", {"server_args": {command_key(command): 1}})):
-            _raise_failed(self, command)
+        answers = self._post("/set_internal_state", {"server_args": {command_key(command): 1}})
+        return _answer(self, command, answers)
 
     def info(self) -> Mapping[str, Any]:
         """See `Client.info`."""
@@ -255,48 +279,3 @@ def split(count: int, parts: int) -> list[slice]:
     """`count` rows over `parts` replicas, as evenly as can be."""
     bounds = [count * part // parts for part in range(parts + 1)]
     return [slice(a, b) for a, b in itertools.pairwise(bounds)]
-
-
-class Row(NamedTuple):
-    """One sequence under one probe."""
-
-    name: str  # of the adapter slot
-    sequence: TokenSequence
-    key: str  # keys and values are shared under the same one only
-
-    @property
-    def prompt(self) -> tuple[int, ...]:
-        """What stands before an activated LoRA acts."""
-        return self.sequence.input_ids[: self.sequence.adapter_start]
-
-
-def rows_body(rows: Sequence[Row], top: int, *, base: bool = False) -> dict[str, Any]:
-    """A prefill-only request for the log-probabilities from each row's first target on, `top` best tokens beside each.
-
-    With `base`, a row takes keys and values of its prompt from what the base model computed under its key, and leaves
-    nothing behind.
-    """
-    sampling: list[dict[str, Any]] = [dict(_PREFILL_ONLY) for _ in rows]
-    if base:
-        for options, row in zip(sampling, rows, strict=True):
-            options["custom_params"] = {BASE_PREFIX: [row.sequence.adapter_start, row.key]}
-    return {
-        "input_ids": [list(r.sequence.input_ids) for r in rows],
-        "sampling_params": sampling,
-        "return_logprob": True,
-        "logprob_start_len": [r.sequence.read_start for r in rows],
-        "top_logprobs_num": top,
-        "lora_path": [r.name for r in rows],
-        "extra_key": [r.key for r in rows],
-    }
-
-
-def base_body(input_ids: Sequence[Sequence[int]], keys: Sequence[str]) -> dict[str, Any]:
-    """A request that has the base model compute keys and values of these rows."""
-    return {
-        "input_ids": [list(ids) for ids in input_ids],
-        "sampling_params": [dict(_PREFILL_ONLY) for _ in keys],
-        "return_logprob": False,
-        "lora_path": [None] * len(keys),
-        "extra_key": list(keys),
-    }

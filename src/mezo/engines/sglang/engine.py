@@ -13,7 +13,7 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,19 +25,19 @@ from transformers import PreTrainedTokenizerBase
 
 from mezo import philox
 from mezo.engines.base import Work
-from mezo.engines.sglang.client import Client, Row, base_body, rows_body, split, worker_state
+from mezo.engines.sglang.client import Client, split, worker_state
 from mezo.engines.sglang.plugin import ADAPTER_MARK
+from mezo.engines.sglang.scoring import Scorer, Scores, make_rows
 from mezo.engines.torch.engine import trained_parameters
 from mezo.engines.torch.space import ParameterSpace, tensors_digest
 from mezo.errors import EngineError, UserError
 from mezo.estimator import Probe, Record
-from mezo.objective import Example, TargetScores, TokenSequence, common_prefix, example_losses
+from mezo.objective import Example, TargetScores, TokenSequence, example_losses
 
 logger = logging.getLogger(__name__)
 
 _RECORDS_PER_COMMAND = 256
 _GIVEN_UP_AFTER = 600  # seconds
-_ATTEMPTS = 4  # to have all prompts of a batch in the cache at once
 _ADAPTER_ITSELF = Probe(0, 0.0)
 
 
@@ -100,7 +100,9 @@ class SGLangEngine:
         self._row_numbers = itertools.count()
         self._base_samples = base_samples
         self._heard = time.monotonic()  # when the workers last heard of us
-        self._computed_prompts: set[tuple[str, str, tuple[int, ...]]] = set()  # (client, key, tokens)
+        self._scorers = {client.name: Scorer(client.generate, self.wave_cost) for client in clients}
+        self._scores_in_workers = False  # known when attached
+        self._rows_sent: dict[str, dict[TokenSequence, int]] = {}  # by client: numbers of the rows it has
 
     @property
     def model(self) -> None:
@@ -227,10 +229,21 @@ class SGLangEngine:
                 client.unload_adapter(name)  # left by a run of this name that was killed
                 client.load_adapter(name, self.space.parameters, config)
             client.command(command)
+            self._rows_sent[client.name] = {}
             self._check_base(client)
 
         self._attached = True  # from here on there may be something to take away
         self._everywhere(attach)
+        self._scores_in_workers = all(worker_state(client)["scores"] for client in self._clients)
+        if not self._scores_in_workers:
+            self._refuse_chunks()
+
+    def _refuse_chunks(self) -> None:
+        """As requests, rows of an activated LoRA must stay whole: SGLang would look for a next piece's prefix anew."""
+        if getattr(self._adapter.peft_config["default"], "alora_invocation_tokens", None):
+            for client in self._clients:
+                if (client.info().get("chunked_prefill_size") or -1) > 0:
+                    raise EngineError(f"lora_variant alora: start {client.name} with --chunked-prefill-size -1")
 
     def _check_base(self, client: Client) -> None:
         """The server's base model is the one that the journal names, by samples of the weights that both have."""
@@ -295,6 +308,7 @@ class SGLangEngine:
                 client.load_adapter(name, tensors, config)
 
         self._attached = True
+        self._refuse_chunks()
         self._everywhere(load)
 
     def _perturbed(self, name: str, probe: Probe) -> Tensor:
@@ -333,133 +347,44 @@ class SGLangEngine:
 
     def _ask(self, client: Client, examples: Sequence[Example], probes: int, greedy: bool) -> list[TargetScores]:
         sequences = [s for e in examples for s in e.sequences]
-        activated = any(s.adapter_start for s in sequences)
-        key = f"{self._session}-{'base' if activated else self._version}"
-        # Without reuse each row has a key of its own.
-        rows = [
-            Row(name, s, key if self._share_prefixes else f"{self._session}-row-{next(self._row_numbers)}")
-            for name in self._names[:probes]
-            for s in sequences
-        ]
-        answers = (self._generate_activated if activated else self._generate)(client, rows, greedy)
-        found = []
-        for first in range(0, len(answers), len(sequences)):
-            pairs = zip(sequences, answers[first : first + len(sequences)], strict=True)
-            read = [pair for sequence, answer in pairs for pair in _targets(sequence, answer["meta_info"], greedy)]
-            logprobs, best = zip(*read, strict=True)
-            found.append(TargetScores(torch.tensor(logprobs), torch.tensor(best)))
-        return found
-
-    def _generate(self, client: Client, rows: Sequence[Row], greedy: bool) -> list[dict[str, Any]]:
-        """Answers of all rows; what rows have in common is computed once per probe."""
-        answers: list[dict[str, Any]] = [{}] * len(rows)
-        for wave in waves(rows, self.wave_cost) if self._share_prefixes else [range(len(rows))]:
-            body = rows_body([rows[i] for i in wave], int(greedy))
-            for i, answer in zip(wave, client.generate(body), strict=True):
-                answers[i] = answer
-                self._count(rows[i].sequence.input_ids, answer)
-        return answers
-
-    def _generate_activated(self, client: Client, rows: Sequence[Row], greedy: bool) -> list[dict[str, Any]]:
-        """The same for an activated LoRA. Its prompts are the base model's: computed once for both signs and all steps.
-
-        SGLang may evict a prompt, and would then compute it with the adapter. Such rows are known by their number of
-        cached tokens; their answers are thrown away, the prompts computed again.
-        """
-        answers: list[dict[str, Any]] = [{}] * len(rows)
-        left = list(range(len(rows)))
-        for _ in range(_ATTEMPTS):
-            self._compute_prompts(client, [rows[i] for i in left])
-            body = rows_body([rows[i] for i in left], int(greedy), base=True)
-            missed = []
-            for i, answer in zip(left, client.generate(body), strict=True):
-                answers[i] = answer
-                self._count(rows[i].sequence.input_ids, answer)
-                if answer["meta_info"]["cached_tokens"] != rows[i].sequence.adapter_start:
-                    missed.append(i)
-                    self._computed_prompts.discard((client.name, rows[i].key, rows[i].prompt))
-            if not missed:
-                return answers
-            left = missed
-        raise EngineError(
-            f"{client.name}: {len(left)} prompts were evicted before they could be used; its KV cache is too small for "
-            "a batch: lower the batch size, or raise --mem-fraction-static"
-        )
-
-    def _compute_prompts(self, client: Client, rows: Sequence[Row]) -> None:
-        """Has the base model compute the prompts that it has not computed yet."""
-        known = self._computed_prompts
-        wanted = dict.fromkeys((client.name, r.key, r.prompt) for r in rows if r.prompt)
-        missing = [prompt for prompt in wanted if prompt not in known]
-        common = common_prefix([tokens for *_, tokens in missing]) if missing and self._share_prefixes else 0
-        parts = [missing]
-        if common * (len(missing) - 1) > self.wave_cost:
-            first = missing[0]
-            beginning = (*first[:2], first[2][:common])
-            if beginning not in known:
-                parts = [missing[:1], missing[1:]]
-                known.add(beginning)
-        for part in filter(None, parts):
-            answers = client.generate(base_body([tokens for *_, tokens in part], [key for _, key, _ in part]))
-            for (*_, tokens), answer in zip(part, answers, strict=True):
-                self._count(tokens, answer)
-        if self._share_prefixes:
-            known.update(missing)
-
-    def _count(self, input_ids: Sequence[int], answer: Mapping[str, Any]) -> None:
+        if self._scores_in_workers:
+            scores = self._ask_worker(client, sequences, probes, greedy)
+        else:
+            numbers = None if self._share_prefixes else self._row_numbers
+            rows = make_rows(self._names[:probes], sequences, self._key(sequences), numbers)
+            scores = self._scorers[client.name].scores(rows, share=self._share_prefixes, greedy=greedy)
         with self._lock:
-            self.work.computed += len(input_ids) - answer["meta_info"]["cached_tokens"]
+            self.work.computed += scores.computed
+        columns = zip(torch.tensor(scores.logprobs).chunk(probes), torch.tensor(scores.best).chunk(probes), strict=True)
+        return [TargetScores(*column) for column in columns]
+
+    def _ask_worker(self, client: Client, sequences: Sequence[TokenSequence], probes: int, greedy: bool) -> Scores:
+        """By numbers of rows; the tokens of a row cross once."""
+        known = self._rows_sent[client.name]
+        new = [s for s in dict.fromkeys(sequences) if s not in known]
+        known.update(dict(zip(new, itertools.count(len(known)), strict=False)))
+        command: dict[str, object] = {
+            "op": "score",
+            "owner": self._owner,
+            "key": self._key(sequences),
+            "new": [[s.input_ids, [t[:2] for t in s.targets], s.adapter_start] for s in new],
+            "rows": [known[s] for s in sequences],
+            "probes": probes,
+            "share": self._share_prefixes,
+            "greedy": greedy,
+            "wave_cost": self.wave_cost,
+        }
+        try:
+            return Scores(*client.command(command))
+        finally:
+            self._heard = time.monotonic()
+
+    def _key(self, sequences: Sequence[TokenSequence]) -> str:
+        """Under which keys and values are shared: an activated LoRA's prompts for good, others until slots change."""
+        return f"{self._session}-{'base' if any(s.adapter_start for s in sequences) else self._version}"
 
     def _everywhere(self, function: Callable[..., Any], *columns: Sequence[Any]) -> list[Any]:
         """`function(client, …)` for each client, at the same time if there are several."""
         if self._pool is None:
             return [function(*arguments) for arguments in zip(self._clients, *columns, strict=True)]
         return list(self._pool.map(function, self._clients, *columns))
-
-
-def waves(rows: Sequence[Row], wave_cost: int) -> list[list[int]]:
-    """Rows in up to three requests, because rows of one request do not share what is not cached yet.
-
-    First a row of each probe, if all rows have a beginning in common; then one of each prompt; then the others.
-
-    Args:
-        rows: of all probes.
-        wave_cost: what one more request costs, in tokens; a wave that saves less is left out.
-    """
-    prompts = [r.sequence.input_ids[: r.sequence.read_start] for r in rows]
-    first_of_probe: dict[str, int] = {}
-    first_of_prompt: dict[tuple[str, tuple[int, ...]], int] = {}
-    saved = 0
-    for i, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
-        first_of_probe.setdefault(row.name, i)
-        if first_of_prompt.setdefault((row.name, prompt), i) != i:
-            saved += len(prompt)
-    found: list[list[int]] = []
-    heads = list(first_of_prompt.values()) if saved > wave_cost else list(range(len(rows)))
-    if common_prefix(prompts) * (len(heads) - len(first_of_probe)) > wave_cost:
-        found.append(list(first_of_probe.values()))
-    taken = set(found[0]) if found else set()
-    found.append([i for i in heads if i not in taken])
-    if len(heads) < len(rows):
-        found.append([i for i in range(len(rows)) if i not in set(heads)])
-    return [wave for wave in found if wave]
-
-
-def _targets(sequence: TokenSequence, meta_info: dict[str, Any], greedy: bool) -> list[tuple[float, bool]]:
-    """(log-probability, is the most probable token) of a row's targets.
-
-    SGLang's list starts at token `logprob_start_len`, whose own log-probability is not given; the one of token p + 1
-    is the model's output at position p.
-    """
-    start = sequence.read_start
-    logprobs = meta_info["input_token_logprobs"]
-    if len(logprobs) != len(sequence.input_ids) - start:
-        raise EngineError(f"SGLang gave {len(logprobs)} log-probabilities for {len(sequence.input_ids) - start} tokens")
-    read = []
-    for target in sequence.targets:
-        index = target.position + 1 - start
-        logprob, token = logprobs[index][:2]
-        assert token == target.token, "a target is not the row's next token"
-        best = greedy and meta_info["input_top_logprobs"][index][0][1] == token
-        read.append((float(logprob), bool(best)))
-    return read

@@ -6,7 +6,7 @@ import importlib.metadata
 import logging
 import pickle
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -255,30 +255,59 @@ def register_radix_backend(name: str, mark: str) -> None:
         register_radix_cache_backend(name, lambda context: base_prefix_cache(context.params, mark))
 
 
+def new_tree(model_runner: Any, mark: str) -> Any:
+    """An empty `base_prefix_cache` on a runner's memory pools."""
+    from sglang.srt.mem_cache.cache_init_params import CacheInitParams
+
+    parameters = CacheInitParams(
+        disable=False,
+        req_to_token_pool=model_runner.req_to_token_pool,
+        token_to_kv_pool_allocator=model_runner.token_to_kv_pool_allocator,
+        page_size=model_runner.server_args.page_size,
+        is_eagle=False,
+        tp_cache_group=None,
+    )
+    return base_prefix_cache(parameters, mark)
+
+
+def scheduler_prefill(scheduler: Any) -> Prefill | None:
+    """`Prefill` in a scheduler's process, or None where a batch needs more than the scheduler's model and cache."""
+    from sglang.srt.mem_cache.chunk_cache import ChunkCache
+    from sglang.srt.mem_cache.radix_cache import RadixCache
+
+    if hasattr(scheduler, "mezo_prefill"):  # no scheduler, a bare ModelRunner
+        prefill: Prefill = scheduler.mezo_prefill
+        return prefill
+    arguments = scheduler.tp_worker.model_runner.server_args
+    tree = type(scheduler.tree_cache)
+    plain = (
+        arguments.pp_size == 1
+        and arguments.dp_size == 1
+        and arguments.speculative_algorithm is None
+        and arguments.disaggregation_mode == "null"
+        and (tree in (RadixCache, ChunkCache) or tree.__base__ is RadixCache)
+    )
+    return Prefill(scheduler.tp_worker.model_runner, scheduler.tree_cache) if plain else None
+
+
 class Prefill:
-    """Prefill batches on a bare `ModelRunner`, with a radix cache and without a scheduler.
+    """Prefill batches on a ModelRunner, without the way through tokenizer, scheduler and detokenizer.
+
+    Inside a scheduler it runs between two of its batches and takes from its memory pools and its radix cache what a
+    batch of the scheduler would.
 
     Args:
         model_runner: with memory pools and attention backends made.
-        mark: see `base_prefix_cache`.
+        tree: the radix cache.
     """
 
-    def __init__(self, model_runner: Any, mark: str):
-        from sglang.srt.mem_cache.cache_init_params import CacheInitParams
-
+    def __init__(self, model_runner: Any, tree: Any):
         self._runner = model_runner
-        self._tree = base_prefix_cache(
-            CacheInitParams(
-                disable=False,
-                req_to_token_pool=model_runner.req_to_token_pool,
-                token_to_kv_pool_allocator=model_runner.token_to_kv_pool_allocator,
-                page_size=model_runner.server_args.page_size,
-                is_eagle=False,
-                tp_cache_group=None,
-            ),
-            mark,
-        )
+        self._tree = tree
         self._count = 0
+        arguments = model_runner.server_args
+        chunk = arguments.chunked_prefill_size or 0  # what memory was set aside for
+        self._limit = min(arguments.max_prefill_tokens, chunk) if chunk > 0 else arguments.max_prefill_tokens
 
     def close(self) -> None:
         """Gives the cache's part of the memory pools back."""
@@ -289,37 +318,70 @@ class Prefill:
     @torch.no_grad()
     def __call__(self, body: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Answers a body of POST /generate that asks for prefill only, as SGLang would."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # a batch of the scheduler may be under way
+        answers: list[dict[str, Any]] = []
+        requests: list[Any] = []
+        tokens = 0
+        try:
+            for number, ids in enumerate(body["input_ids"]):
+                request = self._request(body, number)
+                if requests and not self._fits(request, tokens, len(requests)):
+                    self._tree.dec_lock_ref(request.last_node)
+                    batch, requests, tokens = requests, [], 0
+                    answers += self._forward(batch, body)
+                    request = self._request(body, number)  # what was computed meanwhile counts
+                requests.append(request)
+                tokens += len(ids) - len(request.prefix_indices)
+        except BaseException:
+            self._unlock(requests)
+            raise
+        return answers + self._forward(requests, body)
+
+    def _unlock(self, requests: Sequence[Any]) -> None:
+        for request in requests:
+            self._tree.dec_lock_ref(request.last_node)
+
+    def _fits(self, request: Any, tokens: int, rows: int) -> bool:
+        """Whether a batch of so many rows and new tokens has room for one more."""
+        pools = self._runner.req_to_token_pool, self._runner.token_to_kv_pool_allocator
+        tokens += len(request.origin_input_ids) - len(request.prefix_indices)
+        room = pools[1].available_size() + self._tree.evictable_size()
+        return bool(tokens <= min(self._limit, room) and rows < pools[0].available_size())
+
+    def _request(self, body: Mapping[str, Any], number: int) -> Any:
         from array import array
 
-        from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
+        from sglang.srt.managers.schedule_batch import Req
+        from sglang.srt.sampling.sampling_params import SamplingParams
+
+        name, wanted = body["lora_path"][number], body["return_logprob"]
+        self._count += 1
+        request = Req(
+            rid=f"mezo-{self._count}",
+            origin_input_text="",
+            origin_input_ids=array("q", body["input_ids"][number]),
+            sampling_params=SamplingParams(**body["sampling_params"][number]),
+            return_logprob=wanted,
+            top_logprobs_num=body.get("top_logprobs_num", 0),
+            lora_id=None if name is None else adapter_id(self._runner.lora_manager, name),
+            extra_key=body["extra_key"][number],
+        )
+        request.logprob_start_len = body["logprob_start_len"][number] if wanted else -1
+        request.init_next_round_input(self._tree)
+        self._tree.inc_lock_ref(request.last_node)
+        return request
+
+    def _forward(self, requests: list[Any], body: Mapping[str, Any]) -> list[dict[str, Any]]:
+        from sglang.srt.managers.schedule_batch import ScheduleBatch
         from sglang.srt.mem_cache.common import release_kv_cache
         from sglang.srt.model_executor.forward_batch_info import ForwardBatch
-        from sglang.srt.sampling.sampling_params import SamplingParams
         from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
-        runner, requests = self._runner, []
-        ids = [None if name is None else adapter_id(runner.lora_manager, name) for name in body["lora_path"]]
-        wanted, top = body["return_logprob"], body.get("top_logprobs_num", 0)
-        starts = body["logprob_start_len"] if wanted else [-1] * len(ids)
-        columns = (body["input_ids"], starts, ids, body["sampling_params"], body["extra_key"])
-        for tokens, start, lora_id, options, key in zip(*columns, strict=True):
-            self._count += 1
-            request = Req(
-                rid=str(self._count),
-                origin_input_text="",
-                origin_input_ids=array("q", tokens),
-                sampling_params=SamplingParams(**options),
-                return_logprob=wanted,
-                top_logprobs_num=top,
-                lora_id=lora_id,
-                extra_key=key,
-            )
-            request.logprob_start_len = start
-            request.init_next_round_input(self._tree)
-            self._tree.inc_lock_ref(request.last_node)
+        runner = self._runner
+        for request in requests:
             request.set_extend_range(len(request.prefix_indices), len(request.full_untruncated_fill_ids))
-            requests.append(request)
-        runner.lora_manager.fetch_new_loras(set(ids))
+        runner.lora_manager.fetch_new_loras({request.lora_id for request in requests})
         batch = ScheduleBatch.init_new(
             reqs=requests,
             req_to_token_pool=runner.req_to_token_pool,
@@ -329,28 +391,37 @@ class Prefill:
             enable_overlap=False,
             spec_algorithm=SpeculativeAlgorithm.NONE,
         )
-        batch.prepare_for_extend()
-        if batch.input_ids is None:
-            batch.input_ids = batch.prefill_input_ids_cpu.to(batch.device)
-            batch.prefill_input_ids_cpu = None
-        forward = ForwardBatch.init_new(batch, runner, return_hidden_states_before_norm=False)
-        output = runner.forward(forward).logits_output
-        answers, at = [], 0
-        logprobs = output.input_token_logprobs.tolist() if wanted else []
-        for row, request in enumerate(requests):
-            if not wanted:
-                answers.append({"meta_info": {"cached_tokens": len(request.prefix_indices)}})
-                continue
-            count = batch.extend_lens[row] - batch.extend_logprob_start_lens[row]
-            tokens = body["input_ids"][row][len(body["input_ids"][row]) - count :]
-            read = [(None, tokens[0]), *zip(logprobs[at : at + count - 1], tokens[1:], strict=True)]
-            info: dict[str, Any] = {"input_token_logprobs": read, "cached_tokens": len(request.prefix_indices)}
-            if top:
-                best = output.input_top_logprobs_idx[row][: count - 1]
-                info["input_top_logprobs"] = [None, *([(0.0, entry[0])] for entry in best)]
-            answers.append({"meta_info": info})
-            at += count
-        for request in requests:
-            request.finished_len = 0
-            release_kv_cache(request, self._tree)
-        return answers
+        try:
+            batch.prepare_for_extend()
+        except RuntimeError:  # no room in the memory pools
+            self._unlock(requests)
+            raise
+        try:
+            if batch.input_ids is None:
+                batch.input_ids = batch.prefill_input_ids_cpu.to(batch.device)
+                batch.prefill_input_ids_cpu = None
+            forward = ForwardBatch.init_new(batch, runner, return_hidden_states_before_norm=False)
+            return _read(requests, batch, runner.forward(forward).logits_output, body.get("top_logprobs_num", 0))
+        finally:
+            for request in requests:
+                request.finished_len = 0
+                release_kv_cache(request, self._tree)
+
+
+def _read(requests: Sequence[Any], batch: Any, output: Any, top: int) -> list[dict[str, Any]]:
+    """What SGLang would answer to each request."""
+    if not requests[0].return_logprob:
+        return [{"meta_info": {"cached_tokens": len(request.prefix_indices)}} for request in requests]
+    answers, at = [], 0
+    logprobs = output.input_token_logprobs.tolist()
+    for row, request in enumerate(requests):
+        count = batch.extend_lens[row] - batch.extend_logprob_start_lens[row]
+        tokens = request.origin_input_ids[len(request.origin_input_ids) - count :]
+        read = [(None, tokens[0]), *zip(logprobs[at : at + count - 1], tokens[1:], strict=True)]
+        info: dict[str, Any] = {"input_token_logprobs": read, "cached_tokens": len(request.prefix_indices)}
+        if top:
+            best = output.input_top_logprobs_idx[row][: count - 1]
+            info["input_top_logprobs"] = [None, *([(0.0, entry[0])] for entry in best)]
+        answers.append({"meta_info": info})
+        at += count
+    return answers

@@ -6,6 +6,7 @@ and hands its slice to its slots. So ranks agree on z without talking to each ot
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import time
@@ -17,8 +18,10 @@ from torch import Tensor
 
 from mezo import philox
 from mezo.engines.sglang import versions
+from mezo.engines.sglang.scoring import Scorer, Scores, make_rows
 from mezo.engines.torch.space import ParameterSpace, tensors_digest
 from mezo.estimator import Record
+from mezo.objective import Target, TokenSequence
 
 logger = logging.getLogger(__name__)
 
@@ -120,24 +123,29 @@ class Worker:
         self._error = ""
         self._digest_value = ""
         self._base_samples: dict[str, list[Any]] = {}
+        self._prefill: versions.Prefill | None = None
+        self._scorer: Scorer | None = None
+        self._sequences: list[TokenSequence] = []  # rows by number, as the client has sent them
+        self._row_numbers = itertools.count()
         self._heard = time.monotonic()
 
-    def run(self, text: str) -> bool:
-        """Runs a command, a JSON object; False if it failed on some rank, with the reason in `state`."""
+    def run(self, text: str) -> Any:
+        """Runs a command, a JSON object: its answer or True; False if it failed on some rank, see `state`."""
         self._heard = time.monotonic()
-        commands: dict[str, Callable[..., None]] = {
+        commands: dict[str, Callable[..., Any]] = {
             "attach": self._attach, "detach": self._detach, "digest": self._digest, "step": self._step,
-            "heartbeat": lambda **_: None,
+            "score": self._score, "heartbeat": lambda **_: None,
         }  # fmt: skip
+        answer = None
         try:
             command = json.loads(text)
-            commands[command.pop("op")](**command)
+            answer = commands[command.pop("op")](**command)
             error = ""
         except Exception as failure:  # whatever it is must not end the server
             logger.exception("mezo: %s failed", text[:200])
             error = f"{type(failure).__name__}: {failure}"
         self._error = next(filter(None, versions.all_ranks(self._scheduler, error)), "")
-        return not self._error
+        return not self._error and (answer or True)
 
     def state(self) -> dict[str, object]:
         """What the client may want to know."""
@@ -145,6 +153,7 @@ class Worker:
             return {"error": self._error}
         return {
             "error": self._error,
+            "scores": self._prefill is not None,
             "owner": self._owner,
             "names": self._slots.names,
             "idle_seconds": time.monotonic() - self._heard,
@@ -158,6 +167,9 @@ class Worker:
             raise RuntimeError("SGLang runs without LoRA; start it with --enable-lora")
         self._slots = Slots(manager, names, normalize_perturbations, weight_decay)
         self._owner = owner
+        self._sequences = []
+        self._prefill = versions.scheduler_prefill(self._scheduler)
+        self._scorer = None
         self._base_samples = {
             name: [str(p.dtype).removeprefix("torch."), list(p.shape), sample_hash(p)]
             for name, p in versions.base_parameters(self._scheduler).items()
@@ -166,11 +178,28 @@ class Worker:
 
     def _detach(self, owner: str) -> None:
         if owner == self._owner:
-            self._slots, self._owner = None, ""
+            self._slots, self._owner, self._scorer, self._sequences = None, "", None, []
 
     def _digest(self, owner: str) -> None:
         digests = versions.all_ranks(self._scheduler, self._of(owner).space.digest())
         self._digest_value = digests[0] if len(set(digests)) == 1 else "ranks differ"
+
+    def _score(
+        self, owner: str, key: str, new: list[Any], rows: list[int], probes: int, share: bool, greedy: bool,
+        wave_cost: int,
+    ) -> Scores:  # fmt: skip
+        """Log-probabilities of the targets of rows under the probes that are in the slots."""
+        slots = self._of(owner)
+        if self._prefill is None:
+            raise RuntimeError("this SGLang takes rows as requests only")
+        self._sequences += [
+            TokenSequence(tuple(ids), tuple(Target(position, token, 0) for position, token in targets), start)
+            for ids, targets, start in new
+        ]
+        self._scorer = self._scorer or Scorer(self._prefill, wave_cost)
+        sequences = [self._sequences[number] for number in rows]
+        table = make_rows(slots.names[:probes], sequences, key, None if share else self._row_numbers)
+        return self._scorer.scores(table, share=share, greedy=greedy)
 
     def _of(self, owner: str) -> Slots:
         if self._slots is None or owner != self._owner:
