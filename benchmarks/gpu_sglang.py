@@ -78,25 +78,20 @@ def measure(client: Colocated, engine: SGLangEngine, vocabulary: int, repeats: i
     for rows, tokens in ROWS_AND_TOKENS:
         examples = make_examples(rows, tokens, vocabulary)
         sequences = [e.sequences[0] for e in examples]
-        commands: list[float] = []
 
         def plain(sequences: list[TokenSequence] = sequences) -> None:
             key = f"plain-{time.perf_counter_ns()}"
             client.generate(rows_body([Row(name, s, key) for name in engine._names for s in sequences], 0))
 
-        def ours(examples: list[Example] = examples, commands: list[float] = commands) -> None:
+        def ours(examples: list[Example] = examples) -> None:
             step = next(steps)
             probes = estimator.probes(step)
-            started = time.perf_counter()
-            engine._write(probes)
-            commands.append((time.perf_counter() - started) * 1e3)
             losses = [batch_loss(examples, losses_N) for losses_N in engine.losses(examples, probes)]
             (outcome,) = estimator.outcomes(probes, losses)
             engine.update([Record(step, *outcome, 1e-6, 0, len(examples))])
 
         ours()  # attaches
         times = timed({"± batch by SGLang alone": plain, "mezo step": ours}, repeats)
-        times["of which the command"] = commands[-repeats:]
         base = statistics.median(times["± batch by SGLang alone"])
         for what, values in times.items():
             low, _, _, high = statistics.quantiles(values, n=5)

@@ -143,7 +143,7 @@ class InProcess:
     def generate(self, body: Mapping[str, Any]) -> list[dict[str, Any]]:
         """See `Client.generate`."""
         try:
-            return self._prefill(body)
+            return self._prefill(body)()
         except RuntimeError as error:  # no room in the memory pools, say
             raise EngineError(f"{self.name}: {str(error).strip().splitlines()[0]}") from error
 

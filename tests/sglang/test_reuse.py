@@ -71,7 +71,7 @@ def test_waves_by_hand():
 
 def test_prompts_that_never_stay_are_an_error():
     def forgetful(body):
-        return [{"meta_info": {"cached_tokens": 0}} for _ in body["input_ids"]]
+        return lambda: [{"meta_info": {"cached_tokens": 0}} for _ in body["input_ids"]]
 
     row = Row("a", TokenSequence((1, 2, 3), (Target(1, 3, 0),), adapter_start=1), "key")
     with pytest.raises(EngineError, match="KV cache is too small"):

@@ -119,6 +119,8 @@ class Colocated:
     def generate(self, body: Mapping[str, Any]) -> list[dict[str, Any]]:
         """See `Client.generate`."""
 
+        body = {**body, "input_ids": [list(ids) for ids in body["input_ids"]]}
+
         async def first() -> Any:
             return await anext(self._manager.generate_request(versions.generate_request(body), None))
 

@@ -13,7 +13,7 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from mezo import philox
 from mezo.engines.base import Work
 from mezo.engines.sglang.client import Client, split, worker_state
 from mezo.engines.sglang.plugin import ADAPTER_MARK
-from mezo.engines.sglang.scoring import Scorer, Scores, make_rows
+from mezo.engines.sglang.scoring import Answers, Scorer, Scores, Submit, make_rows
 from mezo.engines.torch.engine import trained_parameters
 from mezo.engines.torch.space import ParameterSpace, tensors_digest
 from mezo.errors import EngineError, UserError
@@ -92,6 +92,7 @@ class SGLangEngine:
         self._unsent: list[Sequence[Record]] = []  # updates that the workers lack
         self._unsaved: list[Sequence[Record]] = []  # updates that `space` lacks
         self._in_slots: tuple[Probe, ...] = ()
+        self._held: dict[str, object] | None = None  # a step that goes with the next rows
         self._pool = ThreadPoolExecutor(max_workers=len(clients)) if len(clients) > 1 else None
         self._attached = False
         self.work = Work()
@@ -100,7 +101,7 @@ class SGLangEngine:
         self._row_numbers = itertools.count()
         self._base_samples = base_samples
         self._heard = time.monotonic()  # when the workers last heard of us
-        self._scorers = {client.name: Scorer(client.generate, self.wave_cost) for client in clients}
+        self._scorers = {client.name: Scorer(_submit_to(client), self.wave_cost) for client in clients}
         self._scores_in_workers = False  # known when attached
         self._rows_sent: dict[str, dict[TokenSequence, int]] = {}  # by client: numbers of the rows it has
 
@@ -177,6 +178,7 @@ class SGLangEngine:
     # --- probes into slots ------------------------------------------------------------------------------------------
 
     def _write(self, probes: Sequence[Probe]) -> None:
+        """Has the probes written into the slots, now or, where workers score, with the next rows."""
         if len(probes) > len(self._names):
             raise UserError(f"{len(probes)} probes in a step, but {len(self._names)} adapter slots")
         if tuple(probes) == self._in_slots:
@@ -187,27 +189,29 @@ class SGLangEngine:
         else:
             if not self._attached:
                 self._attach()
-            self._send(probes)
+            self._send(probes, hold=self._scores_in_workers)
         self._in_slots = tuple(probes)
 
-    def _send(self, probes: Sequence[Probe]) -> None:
-        """Updates that the workers lack, then the probes, in as few commands as can be."""
+    def _send(self, probes: Sequence[Probe], *, hold: bool = False) -> None:
+        """Updates that the workers lack, then the probes, in as few commands as can be; `hold` leaves the last one."""
         while True:
             part, self._unsent = self._unsent[:_RECORDS_PER_COMMAND], self._unsent[_RECORDS_PER_COMMAND:]
             last = not self._unsent
             if not part and not (last and probes):
                 return
             self._version += 1
-            command: dict[str, object] = {
-                "op": "step",
-                "owner": self._owner,
+            step: dict[str, object] = {
                 "applied": self._applied,
                 "updates": [[[r.seed, r.coefficient, r.learning_rate] for r in records] for records in part],
                 "probes": [list(p) for p in probes] if last else [],
             }
+            self._applied += len(part)
+            if last and hold:
+                self._held = step
+                return
+            command = {"op": "step", "owner": self._owner, **step}
             self._everywhere(lambda client, c=command: client.command(c))
             self._heard = time.monotonic()
-            self._applied += len(part)
             if last:
                 return
 
@@ -338,34 +342,47 @@ class SGLangEngine:
     def _scores(self, examples: Sequence[Example], probes: Sequence[Probe], *, greedy: bool) -> list[TargetScores]:
         """Scores under each probe, every row under every probe in one request to each replica."""
         self._write(probes)
+        step, self._held = self._held, None
         parts = [examples[s] for s in split(len(examples), len(self._clients))]
-        answers = self._everywhere(
-            lambda client, part: self._ask(client, part, len(probes), greedy) if part else [], parts
-        )
+        answers = self._everywhere(lambda client, part: self._ask(client, part, len(probes), greedy, step), parts)
         columns = [[a[p] for a in answers if a] for p in range(len(probes))]
         return [TargetScores(*(torch.cat(t) for t in zip(*scores, strict=True))) for scores in columns]
 
-    def _ask(self, client: Client, examples: Sequence[Example], probes: int, greedy: bool) -> list[TargetScores]:
+    def _ask(
+        self, client: Client, examples: Sequence[Example], probes: int, greedy: bool, step: dict[str, object] | None
+    ) -> list[TargetScores]:
         sequences = [s for e in examples for s in e.sequences]
         if self._scores_in_workers:
-            scores = self._ask_worker(client, sequences, probes, greedy)
+            scores = self._ask_worker(client, sequences, probes, greedy, step)
+        elif not sequences:
+            return []
         else:
             numbers = None if self._share_prefixes else self._row_numbers
             rows = make_rows(self._names[:probes], sequences, self._key(sequences), numbers)
             scores = self._scorers[client.name].scores(rows, share=self._share_prefixes, greedy=greedy)
+        if not sequences:
+            return []
         with self._lock:
             self.work.computed += scores.computed
         columns = zip(torch.tensor(scores.logprobs).chunk(probes), torch.tensor(scores.best).chunk(probes), strict=True)
         return [TargetScores(*column) for column in columns]
 
-    def _ask_worker(self, client: Client, sequences: Sequence[TokenSequence], probes: int, greedy: bool) -> Scores:
-        """By numbers of rows; the tokens of a row cross once."""
+    def _ask_worker(
+        self,
+        client: Client,
+        sequences: Sequence[TokenSequence],
+        probes: int,
+        greedy: bool,
+        step: dict[str, object] | None,
+    ) -> Scores:
+        """By numbers of rows; the tokens of a row cross once. A replica without rows still takes the step."""
         known = self._rows_sent[client.name]
         new = [s for s in dict.fromkeys(sequences) if s not in known]
         known.update(dict(zip(new, itertools.count(len(known)), strict=False)))
         command: dict[str, object] = {
             "op": "score",
             "owner": self._owner,
+            "step": step,
             "key": self._key(sequences),
             "new": [[s.input_ids, [t[:2] for t in s.targets], s.adapter_start] for s in new],
             "rows": [known[s] for s in sequences],
@@ -388,3 +405,11 @@ class SGLangEngine:
         if self._pool is None:
             return [function(*arguments) for arguments in zip(self._clients, *columns, strict=True)]
         return list(self._pool.map(function, self._clients, *columns))
+
+
+def _submit_to(client: Client) -> Submit:
+    def submit(body: Mapping[str, Any]) -> Answers:
+        answers = client.generate(body)
+        return lambda: answers
+
+    return submit

@@ -12,7 +12,8 @@ from mezo.engines.sglang.plugin import BASE_PREFIX
 from mezo.errors import EngineError
 from mezo.objective import TokenSequence, common_prefix
 
-Generate = Callable[[Mapping[str, Any]], list[dict[str, Any]]]
+Answers = Callable[[], list[dict[str, Any]]]
+Submit = Callable[[Mapping[str, Any]], Answers]
 
 _ATTEMPTS = 4  # to have all prompts of a batch in the cache at once
 _PREFILL_ONLY = {"max_new_tokens": 0, "temperature": 0.0}
@@ -53,7 +54,7 @@ def rows_body(rows: Sequence[Row], top: int, *, base: bool = False) -> dict[str,
         for options, row in zip(sampling, rows, strict=True):
             options["custom_params"] = {BASE_PREFIX: [row.sequence.adapter_start, row.key]}
     return {
-        "input_ids": [list(r.sequence.input_ids) for r in rows],
+        "input_ids": [r.sequence.input_ids for r in rows],
         "sampling_params": sampling,
         "return_logprob": True,
         "logprob_start_len": [r.sequence.read_start for r in rows],
@@ -66,7 +67,7 @@ def rows_body(rows: Sequence[Row], top: int, *, base: bool = False) -> dict[str,
 def base_body(input_ids: Sequence[Sequence[int]], keys: Sequence[str]) -> dict[str, Any]:
     """A request that has the base model compute keys and values of these rows."""
     return {
-        "input_ids": [list(ids) for ids in input_ids],
+        "input_ids": list(input_ids),
         "sampling_params": [dict(_PREFILL_ONLY) for _ in keys],
         "return_logprob": False,
         "lora_path": [None] * len(keys),
@@ -86,12 +87,12 @@ class Scorer:
     """Asks for the log-probabilities of rows, in the order that computes least.
 
     Args:
-        generate: answers a body of POST /generate that asks for prefill only.
+        submit: starts a body of POST /generate that asks for prefill only; what it returns gives the answers.
         wave_cost: what one more request costs, in tokens.
     """
 
-    def __init__(self, generate: Generate, wave_cost: int):
-        self._generate = generate
+    def __init__(self, submit: Submit, wave_cost: int):
+        self._submit = submit
         self._wave_cost = wave_cost
         self._prompts: set[tuple[str, tuple[int, ...]]] = set()  # (key, tokens) that the base model has computed
         self._computed = 0
@@ -110,10 +111,13 @@ class Scorer:
 
     def _ordinary(self, rows: Sequence[Row], share: bool, greedy: bool) -> list[dict[str, Any]]:
         answers: list[dict[str, Any]] = [{}] * len(rows)
-        for wave in waves(rows, self._wave_cost) if share else [range(len(rows))]:
-            found = self._ask(rows_body([rows[i] for i in wave], int(greedy)))
-            for i, answer in zip(wave, found, strict=True):
+        parts = waves(rows, self._wave_cost) if share else [list(range(len(rows)))]
+        # All are started before the first is read, so that preparing one overlaps with computing the one before.
+        started = [self._submit(rows_body([rows[i] for i in wave], int(greedy))) for wave in parts]
+        for wave, found in zip(parts, started, strict=True):
+            for i, answer in zip(wave, found(), strict=True):
                 answers[i] = answer
+                self._count(rows[i].sequence.input_ids, answer)
         return answers
 
     def _activated(self, rows: Sequence[Row], share: bool, greedy: bool) -> list[dict[str, Any]]:
@@ -126,10 +130,11 @@ class Scorer:
         left = list(range(len(rows)))
         for _ in range(_ATTEMPTS):
             self._compute_prompts([rows[i] for i in left], share)
-            found = self._ask(rows_body([rows[i] for i in left], int(greedy), base=True))
+            found = self._submit(rows_body([rows[i] for i in left], int(greedy), base=True))()
             missed = []
             for i, answer in zip(left, found, strict=True):
                 answers[i] = answer
+                self._count(rows[i].sequence.input_ids, answer)
                 if answer["meta_info"]["cached_tokens"] != rows[i].sequence.adapter_start:
                     missed.append(i)
                     self._prompts.discard((rows[i].key, rows[i].prompt))
@@ -153,15 +158,14 @@ class Scorer:
                 parts = [missing[:1], missing[1:]]
                 self._prompts.add(beginning)
         for part in filter(None, parts):
-            self._ask(base_body([tokens for _, tokens in part], [key for key, _ in part]))
+            answers = self._submit(base_body([tokens for _, tokens in part], [key for key, _ in part]))()
+            for (_, tokens), answer in zip(part, answers, strict=True):
+                self._count(tokens, answer)
         if share:
             self._prompts.update(missing)
 
-    def _ask(self, body: Mapping[str, Any]) -> list[dict[str, Any]]:
-        answers = self._generate(body)
-        for tokens, answer in zip(body["input_ids"], answers, strict=True):
-            self._computed += len(tokens) - answer["meta_info"]["cached_tokens"]
-        return answers
+    def _count(self, tokens: Sequence[int], answer: Mapping[str, Any]) -> None:
+        self._computed += len(tokens) - answer["meta_info"]["cached_tokens"]
 
 
 def waves(rows: Sequence[Row], wave_cost: int) -> list[list[int]]:

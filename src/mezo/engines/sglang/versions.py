@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import logging
 import pickle
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -305,6 +306,8 @@ class Prefill:
         self._runner = model_runner
         self._tree = tree
         self._count = 0
+        self._matches = _Matches(tree)
+        self._under_way = False
         arguments = model_runner.server_args
         chunk = arguments.chunked_prefill_size or 0  # what memory was set aside for
         self._limit = min(arguments.max_prefill_tokens, chunk) if chunk > 0 else arguments.max_prefill_tokens
@@ -316,11 +319,15 @@ class Prefill:
         self._tree.evict(EvictParams(num_tokens=self._runner.max_total_num_tokens))
 
     @torch.no_grad()
-    def __call__(self, body: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Answers a body of POST /generate that asks for prefill only, as SGLang would."""
-        if torch.cuda.is_available():
+    def __call__(self, body: Mapping[str, Any]) -> Callable[[], list[dict[str, Any]]]:
+        """Starts a body of POST /generate that asks for prefill only; what is returned gives SGLang's answers.
+
+        Keys and values count as cached at once: whatever comes later is behind them in the same stream.
+        """
+        if torch.cuda.is_available() and not self._under_way:
             torch.cuda.synchronize()  # a batch of the scheduler may be under way
-        answers: list[dict[str, Any]] = []
+        self._under_way = True
+        parts: list[Callable[[], list[dict[str, Any]]]] = []
         requests: list[Any] = []
         tokens = 0
         try:
@@ -329,14 +336,20 @@ class Prefill:
                 if requests and not self._fits(request, tokens, len(requests)):
                     self._tree.dec_lock_ref(request.last_node)
                     batch, requests, tokens = requests, [], 0
-                    answers += self._forward(batch, body)
+                    parts.append(self._forward(batch, body))
                     request = self._request(body, number)  # what was computed meanwhile counts
                 requests.append(request)
                 tokens += len(ids) - len(request.prefix_indices)
         except BaseException:
+            self._under_way = False
             self._unlock(requests)
             raise
-        return answers + self._forward(requests, body)
+        parts.append(self._forward(requests, body))
+        return lambda: self._finish(parts)
+
+    def _finish(self, parts: Sequence[Callable[[], list[dict[str, Any]]]]) -> list[dict[str, Any]]:
+        self._under_way = False
+        return [answer for part in parts for answer in part()]
 
     def _unlock(self, requests: Sequence[Any]) -> None:
         for request in requests:
@@ -368,11 +381,11 @@ class Prefill:
             extra_key=body["extra_key"][number],
         )
         request.logprob_start_len = body["logprob_start_len"][number] if wanted else -1
-        request.init_next_round_input(self._tree)
+        request.init_next_round_input(self._matches)
         self._tree.inc_lock_ref(request.last_node)
         return request
 
-    def _forward(self, requests: list[Any], body: Mapping[str, Any]) -> list[dict[str, Any]]:
+    def _forward(self, requests: list[Any], body: Mapping[str, Any]) -> Callable[[], list[dict[str, Any]]]:
         from sglang.srt.managers.schedule_batch import ScheduleBatch
         from sglang.srt.mem_cache.common import release_kv_cache
         from sglang.srt.model_executor.forward_batch_info import ForwardBatch
@@ -401,21 +414,25 @@ class Prefill:
                 batch.input_ids = batch.prefill_input_ids_cpu.to(batch.device)
                 batch.prefill_input_ids_cpu = None
             forward = ForwardBatch.init_new(batch, runner, return_hidden_states_before_norm=False)
-            return _read(requests, batch, runner.forward(forward).logits_output, body.get("top_logprobs_num", 0))
+            output = runner.forward(forward).logits_output
+            counts = [
+                end - start for end, start in zip(batch.extend_lens, batch.extend_logprob_start_lens, strict=True)
+            ]
+            return functools.partial(_read, requests, counts, output, body.get("top_logprobs_num", 0))
         finally:
+            self._matches.forget()
             for request in requests:
                 request.finished_len = 0
                 release_kv_cache(request, self._tree)
 
 
-def _read(requests: Sequence[Any], batch: Any, output: Any, top: int) -> list[dict[str, Any]]:
-    """What SGLang would answer to each request."""
+def _read(requests: Sequence[Any], counts: Sequence[int], output: Any, top: int) -> list[dict[str, Any]]:
+    """What SGLang would answer to each request; `counts` are the positions of each that have a log-probability."""
     if not requests[0].return_logprob:
         return [{"meta_info": {"cached_tokens": len(request.prefix_indices)}} for request in requests]
     answers, at = [], 0
     logprobs = output.input_token_logprobs.tolist()
-    for row, request in enumerate(requests):
-        count = batch.extend_lens[row] - batch.extend_logprob_start_lens[row]
+    for row, (request, count) in enumerate(zip(requests, counts, strict=True)):
         tokens = request.origin_input_ids[len(request.origin_input_ids) - count :]
         read = [(None, tokens[0]), *zip(logprobs[at : at + count - 1], tokens[1:], strict=True)]
         info: dict[str, Any] = {"input_token_logprobs": read, "cached_tokens": len(request.prefix_indices)}
@@ -425,3 +442,29 @@ def _read(requests: Sequence[Any], batch: Any, output: Any, top: int) -> list[di
         answers.append({"meta_info": info})
         at += count
     return answers
+
+
+class _Matches:
+    """A radix cache that looks each prefix of a batch up once; its nodes stay as they are until the batch has run."""
+
+    def __init__(self, tree: Any):
+        self._tree = tree
+        self._found: dict[tuple[bytes, str | None], Any] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tree, name)
+
+    def forget(self) -> None:
+        """The batch has run."""
+        self._found.clear()
+
+    def match_prefix(self, params: Any) -> Any:
+        """See SGLang's `RadixCache.match_prefix`."""
+        length, key = params.key._raw_len(), params.key.extra_key
+        custom = params.req.sampling_params.custom_params
+        if custom:
+            (length, key), params.req.skip_radix_cache_insert = next(iter(custom.values())), True
+        where = (params.key.token_ids[:length].tobytes(), key)
+        if where not in self._found:
+            self._found[where] = self._tree.match_prefix(params)
+        return self._found[where]

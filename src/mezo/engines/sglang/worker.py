@@ -185,10 +185,20 @@ class Worker:
         self._digest_value = digests[0] if len(set(digests)) == 1 else "ranks differ"
 
     def _score(
-        self, owner: str, key: str, new: list[Any], rows: list[int], probes: int, share: bool, greedy: bool,
+        self,
+        owner: str,
+        step: dict[str, Any] | None,
+        key: str,
+        new: list[Any],
+        rows: list[int],
+        probes: int,
+        share: bool,
+        greedy: bool,
         wave_cost: int,
-    ) -> Scores:  # fmt: skip
-        """Log-probabilities of the targets of rows under the probes that are in the slots."""
+    ) -> Scores:
+        """Log-probabilities of the targets of rows under the probes that `step` puts into the slots, or left there."""
+        if step is not None:
+            self._step(owner, **step)
         slots = self._of(owner)
         if self._prefill is None:
             raise RuntimeError("this SGLang takes rows as requests only")
@@ -197,6 +207,8 @@ class Worker:
             for ids, targets, start in new
         ]
         self._scorer = self._scorer or Scorer(self._prefill, wave_cost)
+        if not rows:
+            return Scores([], [], 0)
         sequences = [self._sequences[number] for number in rows]
         table = make_rows(slots.names[:probes], sequences, key, None if share else self._row_numbers)
         return self._scorer.scores(table, share=share, greedy=greedy)
