@@ -15,6 +15,7 @@ from mezo.activation import activate, invocation_tokens
 from mezo.adapter import add_adapter
 from mezo.api import eval_model, make_engine, mezo_finetune, replay, summary
 from mezo.engines.torch.engine import TorchEngine
+from mezo.engines.torch.graphs import Graphs
 from mezo.engines.torch.layers import trainable_names
 from mezo.engines.torch.loading import load_model, load_tokenizer
 from mezo.engines.torch.reuse import TensorStore, shared_prefixes
@@ -147,6 +148,24 @@ def test_activated_lora_is_pefts(model_folder, name, tmp_path):
         assert (plain.score(bare).logprobs_T - scores.logprobs_T).abs().max() > 1e-3
 
     check()
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_static_pass(model_folder, name):
+    """What a CUDA graph replays, in buckets, against the plain pass; also with other shapes in between."""
+    static, plain = (engine_for(model_folder(name), share=True, alora=True) for _ in range(2))
+    static._graphs = Graphs(static.model.device)
+
+    @quick
+    @given(batches(INVOCATION), st.integers(0, 100))
+    def check(examples, seed):
+        probes = TwoPoint(seed, 1e-2).probes(0)
+        ours, expected = (engine.losses(examples, probes) for engine in (static, plain))
+        assert (ours - expected).abs().max() < TOLERANCE
+        assert torch.equal(static.score(examples).greedy_T, plain.score(examples).greedy_T)
+
+    check()
+    assert static.work == plain.work
 
 
 @pytest.mark.parametrize("store_bytes", [1_000_000_000, 30_000, 1], ids=["kept", "evicted", "none kept"])

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-ENGINE_ARGS = {"max_total_tokens": 8192, "mem_fraction_static": 0.1}
+ENGINE_ARGS = {"max_total_tokens": 8192, "mem_fraction_static": 0.1, "sleep_on_idle": True}
 RANK = 4
 
 

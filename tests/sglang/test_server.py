@@ -1,5 +1,6 @@
 """Running servers over HTTP: replicas, ordinary requests in between, and everything that can go wrong."""
 
+import http.server
 import os
 import shutil
 import signal
@@ -46,7 +47,7 @@ class Server:
             "--port", str(self.port), "--api-key", KEY, "--device", "cpu", "--dtype", "float32",
             "--attention-backend", "torch_native", "--sampling-backend", "pytorch", "--grammar-backend", "none",
             "--lora-backend", "torch_native", "--disable-cuda-graph", "--disable-overlap-schedule",
-            "--skip-server-warmup", "--mem-fraction-static", str(ENGINE_ARGS["mem_fraction_static"]),
+            "--skip-server-warmup", "--sleep-on-idle", "--mem-fraction-static", str(ENGINE_ARGS["mem_fraction_static"]),
             "--max-total-tokens", str(ENGINE_ARGS["max_total_tokens"]), "--enable-lora", "--max-lora-rank", str(RANK),
             "--lora-target-modules", "q_proj", "v_proj", "--max-loras-per-batch", "5", "--log-level", "error", *options,
         ]  # fmt: skip
@@ -304,6 +305,35 @@ def test_a_server_that_dies_in_mid_run(reference, model_folder, tmp_path):
         second.kill()
     assert_same_run(run, reference("llama"), 50)
     assert_same_adapter(run, reference("llama"))
+
+
+@pytest.mark.parametrize(("seconds", "connections"), [(60.0, 1), (0.0, 3)])
+def test_idle_connections_are_not_used_again(monkeypatch, seconds, connections):
+    """A server may be closing them."""
+    monkeypatch.setattr("mezo.engines.sglang.client._KEEP_ALIVE", seconds)
+    seen = set()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            seen.add(self.client_address)
+            self.send_response(200)
+            self.send_header("Content-Length", "2")
+            self.end_headers()
+            self.wfile.write(b"{}")
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever).start()
+        client = Client(f"http://127.0.0.1:{server.server_port}")
+        for _ in range(3):
+            client.info()
+        client.close()
+        server.shutdown()
+    assert len(seen) == connections
 
 
 def _plain(values: dict[str, object]) -> dict[str, object]:

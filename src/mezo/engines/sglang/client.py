@@ -6,6 +6,7 @@ import base64
 import itertools
 import logging
 import os
+import time
 import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
@@ -17,7 +18,7 @@ from mezo.engines.sglang.plugin import command_key
 from mezo.errors import EngineError, UserError
 
 _ADMIN = frozenset(["/set_internal_state", "/unload_lora_adapter"])  # want the admin key where there is one
-
+_KEEP_ALIVE = 2.0  # seconds; SGLang closes a connection after 5 idle ones, maybe just as we write to it
 
 _DIED = "its scheduler died; the reason stands above"
 
@@ -194,6 +195,7 @@ class Server:
             raise UserError("sglang_server_base_url: give the key as sglang_api_key, not in the address")
         self._keys = (api_key, admin_api_key or api_key)
         self._http = requests.Session()
+        self._last_answer = 0.0
 
     def command(self, command: dict[str, object]) -> Any:
         """See `Client.command`."""
@@ -235,6 +237,8 @@ class Server:
     def _request(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
         import requests
 
+        if time.monotonic() - self._last_answer > _KEEP_ALIVE:
+            self._http.close()  # its connections; the next request opens a new one
         try:
             response = self._http.request(
                 method, self.name + path, json=body, timeout=self._timeout, auth=_bearer(self._keys[path in _ADMIN])
@@ -243,6 +247,7 @@ class Server:
             raise EngineError(f"no answer from {self.name}: is the server running there?") from None
         except requests.RequestException as error:
             raise EngineError(f"no answer from {self.name}{path}: {error}") from None
+        self._last_answer = time.monotonic()
         if response.status_code in (401, 403):
             raise EngineError(f"{self.name} refuses sglang_api_key ({response.status_code} for {path})")
         if response.status_code != 200:

@@ -24,6 +24,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from mezo.adapter import canonical_name
 from mezo.engines.base import Work
+from mezo.engines.torch.graphs import Graphs, Shape, StaticInputs
 from mezo.engines.torch.layers import FrozenLayers, first_trained_layer
 from mezo.engines.torch.lora import BatchedLoRA
 from mezo.engines.torch.perturbed import PerturbedForward
@@ -143,6 +144,8 @@ class TorchEngine:
         # PEFT's prefix tuning brings keys and values of its own.
         self._has_prefix = isinstance(model, PeftModel) and model.peft_config["default"].is_prompt_learning
         self._frozen = self._frozen_layers()
+        # Where launching kernels costs more than running them.
+        self._graphs = Graphs(model.device) if model.device.type == "cuda" and self._lora is not None else None
 
     @property
     def model(self) -> PreTrainedModel | PeftModel:
@@ -237,18 +240,15 @@ class TorchEngine:
     def _scores(self, examples: Sequence[Example], probes: Sequence[Probe], *, greedy: bool) -> list[TargetScores]:
         """Scores under each probe, from one traversal of the model."""
         sequences = [s for e in examples for s in e.sequences]
-        past: Past | None = None
-        stages = [Stage([s.input_ids for s in sequences], list(range(len(sequences))), [0] * len(sequences))]
         if any(s.adapter_start for s in sequences):
-            past = self._prompts(sequences, len(probes))
-            starts = [s.adapter_start for s in sequences]
-            chunks = [s.input_ids[start:] for s, start in zip(sequences, starts, strict=True)]
-            stages = [Stage(chunks, list(range(len(sequences))), starts)]
-        elif self._share and self._is_decoder and not self._has_prefix and self._frozen is None:
+            return self._scores_activated(sequences, probes, greedy)
+        stages = [Stage([s.input_ids for s in sequences], list(range(len(sequences))), [0] * len(sequences))]
+        if self._share and self._is_decoder and not self._has_prefix and self._frozen is None:
             stages = shared_prefixes(examples, self._pass_cost)
         frozen = nullcontext() if self._frozen is None else self._below(self._frozen, sequences, len(probes))
         moved = probes[0].scale != 0.0
         dense = PerturbedForward(self.space, probes[0]) if self._lora is None and moved else None
+        past: Past | None = None
         with self._lora(probes) if self._lora is not None else dense or nullcontext(), frozen:
             for stage in stages[:-1]:
                 past = self._extend(past, stage, len(probes))
@@ -260,8 +260,57 @@ class TorchEngine:
         self.work.computed += share * len(probes) * sum(stage.num_tokens for stage in stages)
         return scores
 
-    def _prompts(self, sequences: Sequence[TokenSequence], num_probes: int) -> Past:
-        """Keys and values of the tokens before an activated LoRA acts: the base model's, from the store if there."""
+    def _scores_activated(
+        self, sequences: Sequence[TokenSequence], probes: Sequence[Probe], greedy: bool
+    ) -> list[TargetScores]:
+        """Scores of rows whose first tokens the adapter does not act on."""
+        assert self._lora is not None
+        prefixes = self._prompts(sequences)
+        starts = [s.adapter_start for s in sequences]
+        chunks = [s.input_ids[start:] for s, start in zip(sequences, starts, strict=True)]
+        stage = Stage(chunks, list(range(len(sequences))), starts)
+        self.work.computed += len(probes) * stage.num_tokens
+        if self._graphs is not None and self._share:
+            return self._replay(self._graphs, prefixes, stage, sequences, probes, greedy)
+        past = Past(*cache_of_rows(prefixes, len(probes), self.model.device))
+        with self._lora(probes):
+            return self._read(past, stage, sequences, len(probes), greedy)
+
+    def _replay(
+        self,
+        graphs: Graphs,
+        prefixes: Sequence[Tensor],
+        stage: Stage,
+        sequences: Sequence[TokenSequence],
+        probes: Sequence[Probe],
+        greedy: bool,
+    ) -> list[TargetScores]:
+        """The same on static tensors, so that a CUDA graph can replay it."""
+        assert self._lora is not None
+        lora = self._lora
+        batch = Batch.from_stage(stage, sequences, len(probes), self._pad, self.model.device)
+        positions = max(prefix.shape[3] for prefix in prefixes)
+        tokens = batch.inputs["input_ids"].shape[1]
+        shape = Shape.of(len(probes), len(sequences), tokens, positions, len(batch.row_Q))
+        static = graphs.inputs(shape, prefixes[0])
+        static.fill(prefixes, batch.inputs, batch.row_Q, batch.position_Q)
+        lora.write(probes)
+
+        def forward(static: StaticInputs) -> Tensor:
+            with lora(probes), _LastHidden(self._transformer, static.row_Q, static.position_Q):
+                logits: Tensor = self._transformer(
+                    input_ids=static.input_ids_RS,
+                    attention_mask=static.mask_R1SK,
+                    position_ids=static.position_ids_RS,
+                    past_key_values=static.cache(),
+                    use_cache=True,
+                ).logits
+            return logits
+
+        return self._pick(graphs.run(shape, forward)[0][: len(batch.row_Q)], batch, len(probes), greedy)
+
+    def _prompts(self, sequences: Sequence[TokenSequence]) -> list[Tensor]:
+        """Keys and values [L, 2, H, S, D] of each row's tokens before the adapter acts, from the store if there."""
         wanted = [s.input_ids[: s.adapter_start] for s in sequences]
         found: dict[tuple[int, ...], Tensor] = {}
         for key in set(wanted):
@@ -273,14 +322,11 @@ class TorchEngine:
         assert isinstance(self.model, PeftModel)
         for first in range(0, len(missing), self.train_batch_size):
             keys = missing[first : first + self.train_batch_size]
-            common = min(common_prefix(keys), len(keys[0]) - 1) if self._share and len(keys) > 1 else 0
-            beginning = [Stage([keys[0][:common]], [0], [0])] if common > self._pass_cost / len(keys) else []
-            start = common if beginning else 0
-            rest = Stage(
-                [key[start:] for key in keys],
-                [0] * len(keys) if beginning else list(range(len(keys))),
-                [start] * len(keys),
-            )
+            common = min(common_prefix(keys), len(keys[0]) - 1) if self._share else 0
+            if common * (len(keys) - 1) <= self._pass_cost:
+                common = 0
+            beginning = [Stage([keys[0][:common]], [0], [0])] if common else []
+            rest = Stage([key[common:] for key in keys], [0] * len(keys), [common] * len(keys))
             past: Past | None = None
             with self.model.disable_adapter():
                 for stage in (*beginning, rest):
@@ -292,7 +338,7 @@ class TorchEngine:
                 self._store.put(key, prefix)
         some = next(iter(found.values()))
         found[()] = some[:, :, :, :0]
-        return Past(*cache_of_rows([found[key] for key in wanted], num_probes, self.model.device))
+        return [found[key] for key in wanted]
 
     def _below(self, frozen: FrozenLayers, sequences: Sequence[TokenSequence], num_probes: int) -> ExitStack:
         """A context in which the frozen layers' outputs are taken from the store, or computed once."""
@@ -328,12 +374,15 @@ class TorchEngine:
             past = past.of_rows(stage.parents, num_probes)
             cached = {"past_key_values": past.cache, "use_cache": True}
         model = self.model if self._has_prefix else self._transformer
-        with _LastHidden(self._transformer, batch):
+        with _LastHidden(self._transformer, batch.row_Q, batch.position_Q):
             logits = model(**self._inputs(batch.inputs, past), **cached).logits
         assert logits.ndim == 2 or logits.shape[:2] == (1, len(batch.row_Q)), "the head did not see the selected states"
-        logits_QV = (logits[batch.row_Q] if logits.ndim == 2 else logits[0]).float()
+        return self._pick(logits[batch.row_Q] if logits.ndim == 2 else logits[0], batch, num_probes, greedy)
+
+    def _pick(self, logits_QV: Tensor, batch: Batch, num_probes: int, greedy: bool) -> list[TargetScores]:
+        """Log-probabilities of the targets under each probe."""
         scores = []
-        for part_QV in logits_QV.chunk(num_probes):
+        for part_QV in logits_QV.float().chunk(num_probes):
             logprobs_T = part_QV[batch.query_T, batch.token_T] - part_QV.logsumexp(dim=1)[batch.query_T]
             best_T = part_QV.argmax(dim=1)[batch.query_T] if greedy else torch.zeros_like(batch.token_T)
             scores.append(TargetScores(logprobs_T, best_T == batch.token_T))
@@ -405,9 +454,9 @@ class _LastHidden:
     A classification head pools by itself and sees everything.
     """
 
-    def __init__(self, model: PreTrainedModel, batch: Batch):
+    def __init__(self, model: PreTrainedModel, row_Q: Tensor, position_Q: Tensor):
         self._model = model
-        self._batch = batch
+        self._where = (row_Q, position_Q)
 
     def __enter__(self) -> None:
         self._handle = None
@@ -421,7 +470,7 @@ class _LastHidden:
 
     def _select(self, module: torch.nn.Module, args: object, output: BaseModelOutput) -> BaseModelOutput:
         hidden_RSD = output.last_hidden_state
-        output.last_hidden_state = hidden_RSD[self._batch.row_Q, self._batch.position_Q][None]
+        output.last_hidden_state = hidden_RSD[self._where][None]
         return output
 
 

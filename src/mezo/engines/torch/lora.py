@@ -35,9 +35,11 @@ class BatchedLoRA:
         self.space = space
         self.layers = _lora_layers(model)
         self._masters = [p.detach() for p in space.parameters.values()]
-        self._written: tuple[Probe, ...] = ()
-        self._flat_PN = torch.empty(0)
-        self.ranges: dict[str, tuple[int, int]] = {}  # of each parameter in a row of all of them
+        sizes = [p.numel() for p in self._masters]
+        stops = list(itertools.accumulate(sizes))
+        # Of each parameter in a row of all of them.
+        self.ranges = dict(zip(space.parameters, zip([0, *stops[:-1]], stops, strict=True), strict=True))
+        self._buffers: dict[int, _Buffer] = {}  # by number of probes; they stay where they are, for CUDA graphs
         self.read_names: set[str] = set()
 
     @staticmethod
@@ -50,37 +52,38 @@ class BatchedLoRA:
 
     def __call__(self, probes: Sequence[Probe]) -> _Patched:
         """A context in which the model's rows see the probes' adapters."""
-        return _Patched(self, self._weights(probes), len(probes))
+        return _Patched(self, self.write(probes), len(probes))
 
     def changed(self) -> None:
         """The trained parameters have moved."""
-        self._written = ()
+        for buffer in self._buffers.values():
+            buffer.written = ()
 
-    def _weights(self, probes: Sequence[Probe]) -> Tensor:
-        """All adapters one after the other, float32 [P, trained parameters]."""
-        if len(self._flat_PN) != len(probes):
-            self._allocate(len(probes))
-        if tuple(probes) != self._written:
-            for probe, segments, outs in zip(probes, self._segments, self._outs, strict=True):
+    def write(self, probes: Sequence[Probe]) -> Tensor:
+        """All adapters one after the other, float32 [P, trained parameters], always in the same memory."""
+        if len(probes) not in self._buffers:
+            self._buffers[len(probes)] = _Buffer(self._masters, self.space.streams(), len(probes))
+        buffer = self._buffers[len(probes)]
+        if tuple(probes) != buffer.written:
+            for probe, segments, outs in zip(probes, buffer.segments, buffer.outs, strict=True):
                 if probe.scale == 0.0:
                     torch._foreach_copy_(outs, self._masters)
                     continue
                 factors = [probe.scale * self.space.scale(name, probe.seed) for name in self.space.parameters]
                 segments.add_normals(factors, probe.seed)
-            self._written = tuple(probes)
-        return self._flat_PN
+            buffer.written = tuple(probes)
+        return buffer.flat_PN
 
-    def _allocate(self, num_probes: int) -> None:
-        sizes = [p.numel() for p in self._masters]
-        stops = list(itertools.accumulate(sizes))
-        self.ranges = dict(zip(self.space.parameters, zip([0, *stops[:-1]], stops, strict=True), strict=True))
-        self._flat_PN = torch.empty(num_probes, stops[-1], device=self._masters[0].device)
-        self._outs = [
-            [part.view(p.shape) for part, p in zip(row_N.split(sizes), self._masters, strict=True)]
-            for row_N in self._flat_PN
+
+class _Buffer:
+    def __init__(self, masters: Sequence[Tensor], streams: Sequence[int], num_probes: int):
+        sizes = [p.numel() for p in masters]
+        self.flat_PN = torch.empty(num_probes, sum(sizes), device=masters[0].device)
+        self.outs = [
+            [part.view(p.shape) for part, p in zip(row_N.split(sizes), masters, strict=True)] for row_N in self.flat_PN
         ]
-        self._segments = [philox.Segments(self._masters, outs, self.space.streams()) for outs in self._outs]
-        self._written = ()
+        self.segments = [philox.Segments(masters, outs, streams) for outs in self.outs]
+        self.written: tuple[Probe, ...] = ()
 
 
 class _Patched:
