@@ -6,6 +6,7 @@ sglang: Llama-8B shape with SGLang's dummy weights. torch: OPT-1.3B shape with r
 command with scalars, both signs, the losses and the update. Without reuse every token of every row is computed under
 both signs; that is timed as an ordinary LoRA step, because a LoRA that is activated late costs as much and one request
 more. Steps with reuse are those of a second epoch: an activated LoRA's prompts have been computed before.
+loss_difference is the largest difference of a row's loss with reuse and without, under the same probes.
 """
 
 import argparse
@@ -91,11 +92,14 @@ def measure(
         share(False)
         off = timed(engine, plain(examples), steps, repeats)
         share(True)
-        before = (engine.work.asked, engine.work.computed)
         timed(engine, examples, steps, 0)
         before = (engine.work.asked, engine.work.computed)
         on = timed(engine, examples, steps, repeats)
         reused = 100 * (1 - (engine.work.computed - before[1]) / (engine.work.asked - before[0]))
+        probes = TwoPoint(1, 1e-3).probes(next(steps))
+        shared_PN = engine.losses(examples, probes)
+        share(False)
+        difference = (engine.losses(examples, probes) - shared_PN).abs().max().item()
         base = statistics.median(off)
         for reuse, times in (("off", off), ("on", on)):
             low, _, _, high = statistics.quantiles(times, n=5)
@@ -103,7 +107,8 @@ def measure(
             rows.append(
                 {"setting": name, "reuse": reuse, "unit": "ms", "median": f"{median:.1f}", "p20": f"{low:.1f}",
                  "p80": f"{high:.1f}", "faster": f"{base / median:.2f}",
-                 "reused_percent": f"{reused:.2f}" if reuse == "on" else "0"}
+                 "reused_percent": f"{reused:.2f}" if reuse == "on" else "0",
+                 "loss_difference": f"{difference:.1e}" if reuse == "on" else "0"}
             )  # fmt: skip
     return rows
 
@@ -140,6 +145,7 @@ def on_torch(shape: str, repeats: int) -> list[dict[str, str]]:
 
     from mezo.adapter import add_adapter
     from mezo.engines.torch.engine import TorchEngine
+    from mezo.engines.torch.reuse import TensorStore
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model_config = OPTConfig(**OPT[shape], word_embed_proj_dim=OPT[shape]["hidden_size"], vocab_size=50272)
@@ -153,7 +159,7 @@ def on_torch(shape: str, repeats: int) -> list[dict[str, str]]:
     engine = TorchEngine(adapted, tokenizer)  # type: ignore[arg-type]
 
     def share(on: bool) -> None:
-        engine._share = on
+        engine._share, engine._store = on, TensorStore(4_000_000_000 if on else 0, device)
 
     return measure(engine, share, TORCH_SETTINGS, 50272, repeats)
 
@@ -169,7 +175,7 @@ def main() -> None:
     rows = {"sglang": on_sglang, "torch": on_torch}[options.engine](shape, options.repeats)
     facts = {"engine": options.engine, "model": shape, **provenance()}
     for row in rows:
-        figures = f"{row['median']:>8} ms {row['faster']:>6} x {row['reused_percent']:>6} %"
+        figures = f"{row['median']:>8} ms {row['faster']:>6} x {row['reused_percent']:>6} % {row['loss_difference']:>8}"
         print(f"{row['setting']:<46}{row['reuse']:>4}{figures}")
     if options.output:
         with options.output.open("w", newline="") as file:

@@ -255,6 +255,23 @@ def test_frozen_lower_layers(model_folder, name, peft):
     assert engines[0].work.computed < engines[1].work.computed == engines[1].work.asked
 
 
+def test_activated_lora_in_the_last_layers(model_folder):
+    """Both kinds of reuse apply; the prompts' keys and values hold all layers."""
+    shared, whole = (
+        engine_for(model_folder("llama"), share=share, alora=True, layers="last:1") for share in (True, False)
+    )
+
+    @quick
+    @given(batches(INVOCATION), st.integers(0, 100))
+    def check(examples, seed):
+        probes = TwoPoint(seed, 1e-2).probes(0)
+        assert (shared.losses(examples, probes) - whole.losses(examples, probes)).abs().max() < TOLERANCE
+
+    check()
+    assert all("layers.1." in name for name in shared.space.parameters)
+    assert shared.work.computed < whole.work.computed
+
+
 def test_frozen_lower_layers_of_an_encoder(model_folder):
     from mezo.encoding import make_encoder
     from mezo.engines.torch.loading import load_model_config
