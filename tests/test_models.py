@@ -27,7 +27,7 @@ from mezo.config import MeZOConfig
 from mezo.engines.torch import engine as engine_module
 from mezo.engines.torch import perturbed as perturbed_module
 from mezo.engines.torch.engine import length_groups
-from mezo.engines.torch.perturbed import PerturbedForward
+from mezo.engines.torch.perturbed import Dense, PerturbedForward
 from mezo.estimator import Probe
 from mezo.evaluation import evaluate
 from mezo.kernels import cpu as cpu_kernels
@@ -297,7 +297,7 @@ def check_perturbed(engine, *, normalize, tolerance=LOGIT_TOLERANCE):
     before = engine.model(**inputs).logits
     for scale in (0.6, -0.6) if normalize else (0.05, -0.05):
         probe = Probe(philox.derive_seed(9, 4), scale)
-        with PerturbedForward(engine.space, probe):
+        with PerturbedForward(Dense(engine.space, [probe])):
             logits = engine.model(**inputs).logits
         expected = replaced(engine, probe, normalize=normalize)(**inputs).logits
         assert (logits - expected).abs().max() < tolerance

@@ -77,6 +77,11 @@ class MeZOConfig:
             drawn wider by the square root of their ratio, so that one projected_grad serves both.
         weight_decay: Decoupled weight decay; biases and norms are skipped.
         epsilon: Half the distance between the two evaluations, in units of z.
+        direction: What z of a matrix is when all parameters are trained: dense, every entry drawn, as published; or
+            low_rank, U Vᵀ / √r with V held for a window of steps (LOZO, arXiv 2410.07698), whose entries have variance
+            1 too. Vectors are dense in both.
+        direction_rank: r of low_rank.
+        direction_refresh_steps: Steps of a window of low_rank; weights are written once a window.
         normalize_perturbations: Scale z of each tensor to unit norm. The learning rate must grow by about ‖z‖², that
             is the tensor's number of elements, to move the weights as before, and epsilon by ‖z‖.
         seed: Seed of directions, data order, splits and fresh parameters.
@@ -147,6 +152,9 @@ class MeZOConfig:
     head_learning_rate: float | None = None
     weight_decay: float = 0.0
     epsilon: float = 1e-3
+    direction: Literal["dense", "low_rank"] = "dense"
+    direction_rank: int = 2
+    direction_refresh_steps: int = 50
     normalize_perturbations: bool = False
     seed: int = 42
     data_seed: int | None = None
@@ -182,6 +190,10 @@ class MeZOConfig:
             raise UserError("lora_variant alora needs use_peft with peft_type lora")
         if self.alora_invocation_tokens is not None and not self.alora_invocation_tokens:
             raise UserError("alora_invocation_tokens is empty")
+        if self.direction == "low_rank" and self.use_peft:
+            raise UserError("direction low_rank is for all parameters; an adapter is of low rank already")
+        if self.direction == "low_rank" and self.normalize_perturbations:
+            raise UserError("normalize_perturbations needs direction dense")
         if not 0 <= self.seed < 2**63:
             raise UserError(f"seed must lie in [0, 2**63), got {self.seed}")
         if self.validation_size < 0 or (self.validation_size >= 1 and self.validation_size % 1):
@@ -254,7 +266,8 @@ def looks_like_wrong_rate(config: MeZOConfig) -> str | None:
 _COUNTS = (
     "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "per_device_eval_batch_size",
     "lora_r", "num_virtual_tokens", "logging_steps", "eval_steps", "save_steps", "save_total_limit", "max_length",
-    "max_train_samples", "max_eval_samples", "sglang_tp_size",
+    "max_train_samples", "max_eval_samples", "sglang_tp_size", "direction_rank",
+    "direction_refresh_steps",
 )  # fmt: skip
 
 

@@ -171,6 +171,21 @@ def add_normals(
     return sum_N if out_N is None else out_N.copy_(sum_N)
 
 
+def add_normals_both(base_N: Tensor, scale: float, seed: int, stream: int, start: int) -> tuple[Tensor, Tensor]:
+    """`base + scale · z` and `base − scale · z` from one draw of z: the bits of two calls of `add_normals`.
+
+    Returns:
+        Two tensors of float32; on a GPU of the base's type, rounded to nearest.
+    """
+    starts = torch.tensor([start], device=base_N.device)
+    if _kernel(base_N.device) is gpu_kernels.add_normals:
+        return gpu_kernels.add_normals_both(base_N, scale, seed, stream, starts)
+    if _kernel(base_N.device) is cpu_kernels.add_normals and base_N.dtype == torch.float32:
+        return cpu_kernels.add_normals_both(base_N, scale, seed, stream, starts)
+    moved_N = normals(seed, stream, starts, len(base_N))[0].mul_(scale)
+    return base_N + moved_N, base_N - moved_N
+
+
 class Segments:
     """float32 tensors whose directions are added together; on a GPU that is one launch for all of them.
 
@@ -186,7 +201,7 @@ class Segments:
         self._streams = list(streams)
         self._largest = max(map(len, self._bases))
         # One launch covers the largest size for every segment: not worth it if most of that is empty.
-        even = self._largest * len(self._bases) <= 8 * sum(map(len, self._bases))
+        even = self._largest * len(self._bases) <= 64 * sum(map(len, self._bases))
         on_gpu = all(t.is_cuda and t.dtype == torch.float32 for t in (*self._bases, *self._outs))
         self._table = None
         if even and on_gpu and gpu_kernels.enabled():

@@ -306,7 +306,11 @@ class MeZOTrainer:
             if contents.dropped_bytes:
                 logger.warning("dropped a torn record of %d bytes at the end of the journal", contents.dropped_bytes)
             check_header(contents.header, self.header, self._journal_path)
-            usable = {s: p for s, p in checkpoint.checkpoints(self.run).items() if s <= len(contents.steps)}
+            usable = {
+                s: p
+                for s, p in checkpoint.checkpoints(self.run).items()
+                if s <= len(contents.steps) and s % self.engine.resumes_every == 0
+            }
             start = max(usable, default=0)
             if start in usable:
                 self.engine.load(usable[start])

@@ -31,6 +31,8 @@ class Engine(Protocol):
     """
 
     work: Work
+    # Saved weights are all there is to go on from only after a multiple of that many steps.
+    resumes_every: int
 
     @property
     def model(self) -> torch.nn.Module | None:

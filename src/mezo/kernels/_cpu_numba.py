@@ -120,6 +120,28 @@ def _add_pieces(first_piece, last_piece, out_RW, base_RW, scale, starts_R, k0, k
 
 
 @nb.njit(inline="always")
+def _add_pieces_both(first_piece, last_piece, plus_RW, minus_RW, base_RW, scale, starts_R, k0, k1, c2, c3):  # type: ignore[no-untyped-def]
+    """`_add_pieces` with both signs."""
+    num_rows, width = base_RW.shape
+    groups_per_row = _groups_per_row(width)
+    w0, w1, w2, w3 = (np.empty(GROUP, np.uint32), np.empty(GROUP, np.uint32),
+                      np.empty(GROUP, np.uint32), np.empty(GROUP, np.uint32))  # fmt: skip
+    z0, z1, z2, z3 = (np.empty(GROUP, np.float32), np.empty(GROUP, np.float32),
+                      np.empty(GROUP, np.float32), np.empty(GROUP, np.float32))  # fmt: skip
+    mantissa = np.empty(GROUP, np.float32)
+    bits = mantissa.view(np.int32)
+    for task in range(first_piece * PIECE, min(num_rows * groups_per_row, last_piece * PIECE)):
+        row, group = task // groups_per_row, task % groups_per_row
+        first_block = starts_R[row] // 4 + group * GROUP
+        _philox(first_block, k0, k1, c2, c3, w0, w1, w2, w3)
+        _box_muller(w0, w1, z0, z1, mantissa, bits)
+        _box_muller(w2, w3, z2, z3, mantissa, bits)
+        offset = int64(4 * first_block - starts_R[row])
+        _add_group(plus_RW[row], base_RW[row], scale, offset, z0, z1, z2, z3)
+        _add_group(minus_RW[row], base_RW[row], -scale, offset, z0, z1, z2, z3)
+
+
+@nb.njit(inline="always")
 def _groups_per_row(width):  # type: ignore[no-untyped-def]
     return (width + 3 + 4 * GROUP - 1) // (4 * GROUP)
 
@@ -137,3 +159,18 @@ def add_normals(out_RW, base_RW, scale, starts_R, k0, k1, c2, c3):  # type: igno
     num_pieces = (out_RW.shape[0] * _groups_per_row(out_RW.shape[1]) + PIECE - 1) // PIECE
     for piece in nb.prange(num_pieces):
         _add_pieces(piece, piece + 1, out_RW, base_RW, scale, starts_R, k0, k1, c2, c3)
+
+
+@nb.njit(cache=True, nogil=True)
+def add_normals_both_serial(plus_RW, minus_RW, base_RW, scale, starts_R, k0, k1, c2, c3):  # type: ignore[no-untyped-def]
+    """plus, minus = base ± scale * z from one draw of z."""
+    num_pieces = (base_RW.shape[0] * _groups_per_row(base_RW.shape[1]) + PIECE - 1) // PIECE
+    _add_pieces_both(0, num_pieces, plus_RW, minus_RW, base_RW, scale, starts_R, k0, k1, c2, c3)
+
+
+@nb.njit(parallel=True, cache=True, nogil=True)
+def add_normals_both(plus_RW, minus_RW, base_RW, scale, starts_R, k0, k1, c2, c3):  # type: ignore[no-untyped-def]
+    """`add_normals_both_serial` on all threads."""
+    num_pieces = (base_RW.shape[0] * _groups_per_row(base_RW.shape[1]) + PIECE - 1) // PIECE
+    for piece in nb.prange(num_pieces):
+        _add_pieces_both(piece, piece + 1, plus_RW, minus_RW, base_RW, scale, starts_R, k0, k1, c2, c3)

@@ -84,6 +84,19 @@ def add_normals(out_ptr, base_ptr, starts_ptr, width, scale, k0, k1, c2, c3, BLO
     tl.store(out_ptr + row * width + i, value.to(out_ptr.dtype.element_ty), mask=inside)
 
 
+@triton.jit(do_not_specialize=["width", "scale", "k0", "k1", "c2", "c3"])
+def add_normals_both(plus_ptr, minus_ptr, base_ptr, start_ptr, width, scale, k0, k1, c2, c3, BLOCKS: tl.constexpr):
+    """plus[i], minus[i] = base[i] ± scale * z(start + i); program (group,)."""
+    start = tl.load(start_ptr)
+    block = start // 4 + tl.program_id(0).to(tl.int64) * BLOCKS
+    moved = tl.cast(scale, tl.float32) * _normals(block + tl.arange(0, BLOCKS), k0, k1, c2, c3, BLOCKS)
+    i = block * 4 - start + tl.arange(0, 4 * BLOCKS)
+    inside = (i >= 0) & (i < width)
+    base = tl.load(base_ptr + i, mask=inside).to(tl.float32)
+    tl.store(plus_ptr + i, (base + moved).to(plus_ptr.dtype.element_ty), mask=inside)
+    tl.store(minus_ptr + i, (base - moved).to(minus_ptr.dtype.element_ty), mask=inside)
+
+
 @triton.jit(do_not_specialize=["scale", "k0", "k1"])
 def add_normals_many(table_ptr, scale, k0, k1, BLOCKS: tl.constexpr):
     """out[i] = base[i] + scale * z(i), float32, for each row (base, out, size, stream) of the table; (group, row)."""

@@ -40,6 +40,20 @@ def add_normals(out_RW: Tensor, base_RW: Tensor, scale: float, seed: int, stream
     return out_RW
 
 
+def add_normals_both(base_N: Tensor, scale: float, seed: int, stream: int, starts_1: Tensor) -> tuple[Tensor, Tensor]:
+    """`base + scale · z` and `base − scale · z`, computed in float32 and rounded to the base's type."""
+    plus_N, minus_N = torch.empty_like(base_N), torch.empty_like(base_N)
+    if base_N.numel():
+        groups = ((len(base_N) + 3) // 4 + _BLOCKS_PER_PROGRAM) // _BLOCKS_PER_PROGRAM
+        key = (seed & 0xFFFFFFFF, seed >> 32, stream & 0xFFFFFFFF, stream >> 32)
+        with torch.cuda.device(base_N.device):
+            _kernels().add_normals_both[(groups,)](
+                plus_N, minus_N, base_N, starts_1, len(base_N), scale, *key, BLOCKS=_BLOCKS_PER_PROGRAM,
+                enable_fp_fusion=False,
+            )  # fmt: skip
+    return plus_N, minus_N
+
+
 def segment_table(bases: Sequence[Tensor], outs: Sequence[Tensor], streams: Sequence[int]) -> Tensor:
     """What `add_normals_many` reads: addresses, sizes and streams, int64 [segments, 4] on the device."""
     rows = [

@@ -79,6 +79,7 @@ class SGLangEngine:
         self._clients = list(clients)
         self._adapter = adapter
         self._tokenizer = tokenizer
+        self.resumes_every = 1
         self.space = ParameterSpace(trained_parameters(adapter), normalize_perturbations)
         self.weight_decay = weight_decay
         self.eval_batch_size = eval_batch_size

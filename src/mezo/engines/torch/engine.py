@@ -27,7 +27,8 @@ from mezo.engines.base import Work
 from mezo.engines.torch.graphs import Graphs, Shape, StaticInputs
 from mezo.engines.torch.layers import FrozenLayers, first_trained_layer
 from mezo.engines.torch.lora import BatchedLoRA
-from mezo.engines.torch.perturbed import PerturbedForward
+from mezo.engines.torch.low_rank import LowRank, LowRankProbes
+from mezo.engines.torch.perturbed import BATCHED_MODELS, Dense, PerturbedForward
 from mezo.engines.torch.reuse import Stage, TensorStore, cache_of_rows, rows_of_cache, shared_prefixes
 from mezo.engines.torch.space import ParameterSpace, tensors_digest
 from mezo.estimator import Probe, Record
@@ -110,6 +111,7 @@ class TorchEngine:
         share: compute once what is exactly the same, see `mezo.engines.torch.reuse`; if not, every row whole.
         store_bytes: memory for what is kept from step to step.
         store_device: where that lies; beside the model if not given.
+        low_rank: rank and window of low-rank directions; dense ones if not given. Not for adapters.
     """
 
     def __init__(
@@ -125,6 +127,7 @@ class TorchEngine:
         share: bool = True,
         store_bytes: int = 4_000_000_000,
         store_device: torch.device | None = None,
+        low_rank: tuple[int, int] | None = None,
     ):
         self._model = model
         self._tokenizer = tokenizer
@@ -138,6 +141,8 @@ class TorchEngine:
         self._store = TensorStore(store_bytes if share else 0, store_device or model.device)
         self.work = Work()
         self._lora = BatchedLoRA(model, self.space) if BatchedLoRA.fits(model, self.space) else None
+        self.resumes_every = low_rank[1] if low_rank is not None else 1
+        self._low_rank = LowRank(self.space, *low_rank) if low_rank is not None else None
         arguments = inspect.signature(self._transformer.forward).parameters
         self._is_decoder = "past_key_values" in arguments and not self._transformer.config.is_encoder_decoder
         self._accepted = {n for n in ("attention_mask", "position_ids", "use_cache") if n in arguments}
@@ -162,8 +167,7 @@ class TorchEngine:
         """See `Engine.losses`."""
         losses_PN = torch.empty(len(probes), len(examples))
         self.work.asked += len(probes) * sum(e.num_tokens for e in examples)
-        # All probes of a LoRA in one traversal; of dense directions, which would need P copies of each weight, in turn.
-        together = [probes] if self._lora is not None and self._share else [[probe] for probe in probes]
+        together = self._together(probes)
         for group_G in self._groups(examples, self.train_batch_size):
             part = [examples[n] for n in group_G]
             scores = [score for some in together for score in self._scores(part, some, greedy=False)]
@@ -188,7 +192,7 @@ class TorchEngine:
     @torch.no_grad()
     def update(self, records: Sequence[Record]) -> None:
         """See `Engine.update`."""
-        self.space.update(records, self.weight_decay)
+        (self._low_rank or self.space).update(records, self.weight_decay)
         if self._lora is not None:
             self._lora.changed()
 
@@ -196,8 +200,10 @@ class TorchEngine:
         """See `Engine.save`."""
         if isinstance(self.model, PeftModel):
             self.model.save_pretrained(str(folder), save_embedding_layers=False)
-        else:
+        elif self._low_rank is None or self._low_rank.is_folded:
             self.model.save_pretrained(folder)
+        else:
+            self.model.save_pretrained(folder, state_dict=self._folded_state())
         self.tokenizer.save_pretrained(folder)
 
     @torch.no_grad()
@@ -213,15 +219,43 @@ class TorchEngine:
         for name, parameter in saved.named_parameters():
             if name in self.space.parameters:
                 self.space.parameters[name].copy_(parameter)
+        if self._low_rank is not None:
+            self._low_rank.reset()
 
     def digest(self) -> str:
         """See `Engine.digest`. Covers what is saved, frozen parts of a fresh head included."""
         if isinstance(self.model, PeftModel):
             return tensors_digest(get_peft_model_state_dict(self.model, save_embedding_layers=False))
+        if self._low_rank is not None:
+            return tensors_digest({name: self._low_rank.folded(name) for name in self.space.parameters})
         return self.space.digest()
 
     def close(self) -> None:
         """See `Engine.close`."""
+
+    def _folded_state(self) -> dict[str, Tensor]:
+        """The model's state with the trained parameters at their present values, on the CPU; tied ones stay tied."""
+        assert self._low_rank is not None
+        names = {id(p): name for name, p in self.space.parameters.items()}
+        folded = {name: self._low_rank.folded(name).cpu() for name in self.space.parameters}
+        state = self.model.state_dict(keep_vars=True)
+        return {key: folded[names[id(t)]] if id(t) in names else t.detach() for key, t in state.items()}
+
+    def _together(self, probes: Sequence[Probe]) -> list[Sequence[Probe]]:
+        """Which probes go through the model in one traversal: all, where its layers can tell their rows apart."""
+        known = self._lora is not None or (
+            not isinstance(self.model, PeftModel) and self.model.config.model_type in BATCHED_MODELS
+        )
+        return [probes] if known and self._share else [[probe] for probe in probes]
+
+    def _weights(self, probes: Sequence[Probe]) -> Dense | LowRankProbes | None:
+        """The trained parameters under the probes, unless they are the model's own."""
+        moved = any(probe.scale != 0.0 for probe in probes)
+        if self._lora is not None:
+            return None
+        if self._low_rank is not None:
+            return self._low_rank.probes(probes) if moved or not self._low_rank.is_folded else None
+        return Dense(self.space, probes) if moved else None
 
     def _groups(self, examples: Sequence[Example], batch_size: int) -> list[list[int]]:
         """Indices of the examples of each forward pass: at most `batch_size`, of similar length."""
@@ -246,15 +280,15 @@ class TorchEngine:
         if self._share and self._is_decoder and not self._has_prefix and self._frozen is None:
             stages = shared_prefixes(examples, self._pass_cost)
         frozen = nullcontext() if self._frozen is None else self._below(self._frozen, sequences, len(probes))
-        moved = probes[0].scale != 0.0
-        dense = PerturbedForward(self.space, probes[0]) if self._lora is None and moved else None
+        weights = self._weights(probes)
         past: Past | None = None
-        with self._lora(probes) if self._lora is not None else dense or nullcontext(), frozen:
+        perturbed = PerturbedForward(weights) if weights is not None else nullcontext()
+        with self._lora(probes) if self._lora is not None else perturbed, frozen:
             for stage in stages[:-1]:
                 past = self._extend(past, stage, len(probes))
             scores = self._read(past, stages[-1], sequences, len(probes), greedy)
-        reader = self._lora or dense
-        if moved and reader is not None and not self._checked_reads:
+        reader = self._lora or weights
+        if probes[-1].scale != 0.0 and reader is not None and not self._checked_reads:
             self._report_unread(reader.read_names)
         share = 1.0 if self._frozen is None else 1.0 - self._frozen.share
         self.work.computed += share * len(probes) * sum(stage.num_tokens for stage in stages)

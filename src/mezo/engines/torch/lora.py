@@ -8,7 +8,6 @@ Shapes: P probes, N rows × positions of one probe, I inputs and O outputs of a 
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,8 +16,8 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
-from mezo import philox
 from mezo.adapter import canonical_name
+from mezo.engines.torch.buffer import ProbeBuffers
 from mezo.engines.torch.space import ParameterSpace
 from mezo.estimator import Probe
 
@@ -34,12 +33,7 @@ class BatchedLoRA:
     def __init__(self, model: PeftModel, space: ParameterSpace):
         self.space = space
         self.layers = _lora_layers(model)
-        self._masters = [p.detach() for p in space.parameters.values()]
-        sizes = [p.numel() for p in self._masters]
-        stops = list(itertools.accumulate(sizes))
-        # Of each parameter in a row of all of them.
-        self.ranges = dict(zip(space.parameters, zip([0, *stops[:-1]], stops, strict=True), strict=True))
-        self._buffers: dict[int, _Buffer] = {}  # by number of probes; they stay where they are, for CUDA graphs
+        self.buffers = ProbeBuffers(space)
         self.read_names: set[str] = set()
 
     @staticmethod
@@ -56,34 +50,11 @@ class BatchedLoRA:
 
     def changed(self) -> None:
         """The trained parameters have moved."""
-        for buffer in self._buffers.values():
-            buffer.written = ()
+        self.buffers.changed()
 
     def write(self, probes: Sequence[Probe]) -> Tensor:
         """All adapters one after the other, float32 [P, trained parameters], always in the same memory."""
-        if len(probes) not in self._buffers:
-            self._buffers[len(probes)] = _Buffer(self._masters, self.space.streams(), len(probes))
-        buffer = self._buffers[len(probes)]
-        if tuple(probes) != buffer.written:
-            for probe, segments, outs in zip(probes, buffer.segments, buffer.outs, strict=True):
-                if probe.scale == 0.0:
-                    torch._foreach_copy_(outs, self._masters)
-                    continue
-                factors = [probe.scale * self.space.scale(name, probe.seed) for name in self.space.parameters]
-                segments.add_normals(factors, probe.seed)
-            buffer.written = tuple(probes)
-        return buffer.flat_PN
-
-
-class _Buffer:
-    def __init__(self, masters: Sequence[Tensor], streams: Sequence[int], num_probes: int):
-        sizes = [p.numel() for p in masters]
-        self.flat_PN = torch.empty(num_probes, sum(sizes), device=masters[0].device)
-        self.outs = [
-            [part.view(p.shape) for part, p in zip(row_N.split(sizes), masters, strict=True)] for row_N in self.flat_PN
-        ]
-        self.segments = [philox.Segments(masters, outs, streams) for outs in self.outs]
-        self.written: tuple[Probe, ...] = ()
+        return self.buffers.write(probes)
 
 
 class _Patched:
@@ -119,9 +90,7 @@ class _Patched:
         """The matrix under all probes, in the type that the layer computes in."""
         if dtype not in self._cast:
             self._cast[dtype] = self._flat_PN.to(dtype)
-        start, stop = self._adapters.ranges[name]
-        shape = self._adapters.space.parameters[name].shape
-        return self._cast[dtype][:, start:stop].view(-1, *shape)
+        return self._adapters.buffers.part(self._cast[dtype], name)
 
 
 def _lora_layers(model: PeftModel) -> dict[Any, tuple[str, str]]:

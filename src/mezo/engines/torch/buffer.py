@@ -1,0 +1,69 @@
+"""All small trained parameters under several probes, one after the other in one memory."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from mezo import philox
+from mezo.engines.torch.space import ParameterSpace
+from mezo.estimator import Probe
+
+
+class ProbeBuffers:
+    """base + scale · z(seed) of every parameter of a space, float32 [P, parameters]; P probes.
+
+    The memory for a number of probes stays where it is, as CUDA graphs need it. On a GPU z of a probe is one launch.
+
+    Args:
+        space: what is drawn: names and widths.
+        bases: float32 tensors in place of the space's own, by name.
+    """
+
+    def __init__(self, space: ParameterSpace, bases: Mapping[str, Tensor] | None = None):
+        self._space = space
+        self._bases = [p.detach() for p in (bases or space.parameters).values()]
+        sizes = [p.numel() for p in self._bases]
+        stops = list(itertools.accumulate(sizes))
+        self._ranges = dict(zip(space.parameters, zip([0, *stops[:-1]], stops, strict=True), strict=True))
+        self._shapes = {name: base.shape for name, base in zip(space.parameters, self._bases, strict=True)}
+        self._buffers: dict[int, _Buffer] = {}  # by number of probes
+
+    def changed(self) -> None:
+        """The bases have moved."""
+        for buffer in self._buffers.values():
+            buffer.written = ()
+
+    def write(self, probes: Sequence[Probe]) -> Tensor:
+        """All parameters under the probes, always in the same memory."""
+        if len(probes) not in self._buffers:
+            self._buffers[len(probes)] = _Buffer(self._bases, self._space.streams(), len(probes))
+        buffer = self._buffers[len(probes)]
+        if tuple(probes) != buffer.written:
+            for probe, segments, outs in zip(probes, buffer.segments, buffer.outs, strict=True):
+                if probe.scale == 0.0:
+                    torch._foreach_copy_(outs, self._bases)
+                    continue
+                factors = [probe.scale * self._space.scale(name, probe.seed) for name in self._space.parameters]
+                segments.add_normals(factors, probe.seed)
+            buffer.written = tuple(probes)
+        return buffer.flat_PN
+
+    def part(self, flat_PN: Tensor, name: str) -> Tensor:
+        """One parameter out of what `write` returned, or out of a copy of it: [P, *shape]."""
+        start, stop = self._ranges[name]
+        return flat_PN[:, start:stop].view(-1, *self._shapes[name])
+
+
+class _Buffer:
+    def __init__(self, bases: Sequence[Tensor], streams: Sequence[int], num_probes: int):
+        sizes = [p.numel() for p in bases]
+        self.flat_PN = torch.empty(num_probes, sum(sizes), device=bases[0].device)
+        self.outs = [
+            [part.view(p.shape) for part, p in zip(row_N.split(sizes), bases, strict=True)] for row_N in self.flat_PN
+        ]
+        self.segments = [philox.Segments(bases, outs, streams) for outs in self.outs]
+        self.written: tuple[Probe, ...] = ()

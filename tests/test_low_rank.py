@@ -1,0 +1,282 @@
+"""Low-rank directions against weights written out, and several probes in one traversal against one after the other."""
+
+import copy
+import itertools
+import math
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from mezo import MeZOConfig, UserError, mezo_finetune, philox
+from mezo.api import build_trainer, replay
+from mezo.engines.torch import perturbed
+from mezo.engines.torch.engine import TorchEngine
+from mezo.engines.torch.low_rank import LowRank
+from mezo.engines.torch.perturbed import BATCHED_MODELS, PerturbedForward
+from mezo.engines.torch.space import ParameterSpace
+from mezo.estimator import Probe, Record, TwoPoint
+from tests.conftest import SENTIMENT_ROWS
+
+MODELS = ["llama", "opt", "gpt2", "bert", "roberta"]
+LOW_RANK = {"direction": "low_rank", "direction_rank": 2, "direction_refresh_steps": 4}
+# Float32 on both sides; products of other shapes sum in other orders.
+TOLERANCE = 2e-5
+
+
+def options_for(name, **more):
+    mask = " [MASK] ." if name in ("bert", "roberta") else ""
+    words = {"0": "bad", "1": "good"}
+    return {"template": f"{{text}} it was{mask}", "label_words": words, "dtype": "float32", "use_cpu": True, **more}
+
+
+def engine_for(path, name, **more):
+    config = MeZOConfig(model_name_or_path=path, seed=3, **options_for(name, **more))
+    trainer = build_trainer(config, SENTIMENT_ROWS[:6])
+    return noisy(trainer.engine), trainer.train_examples
+
+
+def noisy(engine):
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in engine.space.parameters.values():  # biases are 0 and norms 1 in a fresh model
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    if engine._low_rank is not None:
+        engine._low_rank.reset()
+    return engine
+
+
+def numbers(probes, step=0):
+    return [Record(step, p.seed, 0.0, 0.0, c, 0.05, 0, 0, q, 2) for q, (p, c) in enumerate(probes)]
+
+
+PROBES = {
+    "two-point": [Probe(7, 0.05), Probe(7, -0.05)],
+    "two queries": [Probe(7, 0.05), Probe(7, -0.05), Probe(8, 0.05), Probe(8, -0.05)],
+    "one-sided": [Probe(7, 0.0), Probe(7, 0.05), Probe(8, 0.05)],
+}
+
+
+@pytest.mark.parametrize("direction", ["dense", "low_rank"])
+@pytest.mark.parametrize("probes", PROBES.values(), ids=PROBES)
+@pytest.mark.parametrize("name", MODELS)
+def test_probes_in_one_traversal(model_folder, name, probes, direction):
+    engine, examples = engine_for(model_folder(name), name, **(LOW_RANK if direction == "low_rank" else {}))
+    engine.update(numbers([(Probe(5, 0), 0.3), (Probe(6, 0), -0.2)]))
+    assert engine._together(probes) == [probes]
+    together = engine.losses(examples, probes)
+    one_by_one = torch.cat([engine.losses(examples, [probe]) for probe in probes])
+    assert (together - one_by_one).abs().max() < TOLERANCE
+    assert (together[0] - together[1]).abs().min() > 10 * TOLERANCE  # probes that are mixed up show
+
+
+def test_batched_models_are_known(model_folder):
+    """Those without a folder of their own in the tests: models of random weights."""
+    llama, examples = engine_for(model_folder("llama"), "llama")
+    others = sorted(BATCHED_MODELS - set(MODELS))
+    assert others == ["mistral", "qwen2", "qwen3"]
+    for model_type, low_rank in itertools.product(others, (None, (2, 4))):
+        config = AutoConfig.for_model(
+            model_type, vocab_size=llama.model.config.vocab_size, hidden_size=32, intermediate_size=48,
+            num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+        )  # fmt: skip
+        model = AutoModelForCausalLM.from_config(config).eval()
+        engine = noisy(TorchEngine(model, llama.tokenizer, low_rank=low_rank))
+        engine.update(numbers([(Probe(5, 0), 0.3), (Probe(6, 0), -0.2)]))
+        together = engine.losses(examples, PROBES["two queries"])
+        one_by_one = torch.cat([engine.losses(examples, [probe]) for probe in PROBES["two queries"]])
+        assert (together - one_by_one).abs().max() < TOLERANCE
+
+
+def written_out(engine, probe, weights, window_seed, rank=2):
+    """A copy of the model whose weights are `weights` + scale · U Vᵀ / √r, vectors + scale · z."""
+    model = copy.deepcopy(engine.model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in weights:
+                parameter.copy_(
+                    weights[name] + probe.scale * direction(name, parameter.shape, probe.seed, window_seed, rank)
+                )
+    return model
+
+
+def direction(name, shape, seed, window_seed, rank=2):
+    """z as the module's text defines it, float64."""
+
+    def normals(seed, purpose, count):
+        starts = torch.tensor([0])
+        return philox.reference_normals(seed, philox.stream_id(purpose, name), starts, count)[0].double()
+
+    if len(shape) < 2:
+        return normals(seed, "direction", math.prod(shape)).view(shape)
+    rows, columns = math.prod(shape[:-1]), shape[-1]
+    u, v = normals(seed, "direction", rows * rank), normals(window_seed, "basis", columns * rank)
+    return (u.view(rows, rank) @ v.view(columns, rank).T / math.sqrt(rank)).view(shape)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_probes_updates_and_folds_are_those_of_weights_written_out(model_folder, name):
+    """Ten steps over windows of four, with two directions a step and weight decay, in float64 beside the engine."""
+    engine, examples = engine_for(model_folder(name), name, weight_decay=0.5, **LOW_RANK)
+    plain, _ = engine_for(model_folder(name), name)
+    weights = {n: p.detach().double().clone() for n, p in engine.space.parameters.items()}
+    for step in range(10):
+        seeds = [100 + 2 * step, 101 + 2 * step]
+        window_seed = 100 + 2 * (step // 4 * 4)
+        for probe in (Probe(seeds[0], 0.05), Probe(seeds[0], -0.05)):
+            plain.model.load_state_dict(written_out(engine, probe, weights, window_seed).state_dict())
+            expected = plain.losses(examples, [Probe(1, 0.0)])
+            assert (engine.losses(examples, [probe]) - expected).abs().max() < 5 * TOLERANCE
+        engine.update(numbers([(Probe(seed, 0), c) for seed, c in zip(seeds, (0.3, -0.2), strict=True)], step))
+        for n, weight in weights.items():
+            weight.mul_(1 - 0.05 * 0.5 if weight.ndim > 1 else 1.0)
+            for seed, c in zip(seeds, (0.3, -0.2), strict=True):
+                weight.sub_(0.05 * c * direction(n, weight.shape, seed, window_seed))
+            assert (engine._low_rank.folded(n).double() - weight).abs().max() < 1e-5
+        assert engine._low_rank.is_folded == (step % 4 == 3)
+    plain.model.load_state_dict(written_out(engine, Probe(0, 0.0), weights, 0).state_dict())
+    scores = [e.score(examples).logprobs_T for e in (engine, plain)]
+    assert (scores[0] - scores[1]).abs().max() < 5 * TOLERANCE
+
+
+def test_directions_have_unit_variance_and_estimate_the_gradient():
+    """E[z zᵀ] = 1: over many windows the mean of (g · z) z is g."""
+    gradient = torch.randn(6, 5, generator=torch.Generator().manual_seed(0)).double()
+    total, squares, count = torch.zeros(6, 5).double(), torch.zeros(6, 5).double(), 6000
+    for seed in range(count):
+        z = direction("w", (6, 5), seed, seed + 10**6)
+        total += (gradient * z).sum() * z
+        squares += z.square()
+    assert (squares / count - 1).abs().max() < 0.15
+    assert torch.nn.functional.cosine_similarity((total / count).flatten(), gradient.flatten(), dim=0) > 0.98
+    assert (total / count).norm() == pytest.approx(float(gradient.norm()), rel=0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_folds_far_below_the_rounding_step_add_up(dtype):
+    """300 windows whose changes are a tenth of the distance between neighbours of half precision: lost if rounded to
+    the nearest, kept on average."""
+    start = torch.full((64, 48), 1.0)
+    finer, coarse = start.clone(), start.to(dtype)
+    states = [LowRank(ParameterSpace({"w": w}), 2, 2) for w in (finer, coarse)]
+    ulp = torch.finfo(dtype).eps
+    for step in range(600):
+        for state in states:
+            state.update([Record(step, step, 0.0, 0.0, 1.0, ulp / 20, 0, 0)], 0.0)
+    drift = (finer - start).flatten()
+    assert drift.abs().mean() > 0.5 * ulp
+    followed = (coarse.float() - start).flatten()
+    assert float(followed @ drift / (drift @ drift)) == pytest.approx(1, abs=0.25)  # standard error 0.06
+
+
+def test_a_probe_in_half_precision_is_rounded_by_its_own_size(model_folder):
+    """What a window has collected does not swallow ε: B and U are multiplied apart."""
+    config = {**options_for("llama", **LOW_RANK), "dtype": "bfloat16"}
+    trainer = build_trainer(MeZOConfig(model_name_or_path=model_folder("llama"), seed=3, **config), SENTIMENT_ROWS[:6])
+    engine = trainer.engine
+    engine.update(numbers([(Probe(5, 0), 400.0)]))
+    weights = engine._low_rank.probes([Probe(6, 1e-4), Probe(6, -1e-4)])
+    left_PRk, _ = weights._factors(next(p for p in engine.space.parameters.values() if p.ndim > 1))
+    b_Rr, u_Rr = left_PRk[0].float().split(2, dim=1)
+    assert b_Rr.abs().mean() > 1e4 * u_Rr.abs().mean()
+    assert torch.equal(left_PRk[0, :, 2:], -left_PRk[1, :, 2:])
+    assert (u_Rr / 1e-4).std() == pytest.approx(1, abs=0.2)
+
+
+def test_other_reads_of_a_matrix(model_folder):
+    """A function that the mode does not know gets the matrix itself, with one probe."""
+    engine, _ = engine_for(model_folder("llama"), "llama", **LOW_RANK)
+    engine.update(numbers([(Probe(5, 0), 0.3)]))
+    name, parameter = next((n, p) for n, p in engine.space.parameters.items() if "q_proj" in n)
+    probe = Probe(9, 0.05)
+    expected = engine._low_rank.folded(name).double() + 0.05 * direction(name, parameter.shape, 9, 5)
+    with torch.no_grad(), PerturbedForward(engine._low_rank.probes([probe])):
+        seen = torch.einsum("oi->io", parameter)
+    assert (seen.T.double() - expected).abs().max() < 1e-5
+    with pytest.raises(AssertionError), PerturbedForward(engine._low_rank.probes([probe, probe])):
+        torch.einsum("oi->io", parameter)
+
+
+def test_trained_lines_of_a_dense_direction_are_drawn_once_for_both_signs(model_folder, monkeypatch):
+    engine, examples = engine_for(model_folder("llama"), "llama")
+    drawn = []
+    both = perturbed.philox.add_normals_both
+
+    def counting(base_N, *arguments):
+        drawn.append(len(base_N))
+        return both(base_N, *arguments)
+
+    monkeypatch.setattr(perturbed.philox, "add_normals_both", counting)
+    monkeypatch.setattr(perturbed.philox, "add_normals", lambda *_: pytest.fail("z of one sign alone"))
+    engine.losses(examples, PROBES["two-point"])
+    embedding = engine.model.get_input_embeddings().weight
+    assert sum(drawn) == engine.space.num_parameters() - embedding.numel()
+
+
+# --- runs -----------------------------------------------------------------------------------------------------------
+
+
+def train(model_folder, out, **more):
+    setting = {"learning_rate": 1e-4, "batch_size": 4, "seed": 5, "disable_tqdm": True, "logging_steps": 1}
+    options = {**setting, **options_for("llama"), **LOW_RANK, **more}
+    return mezo_finetune(model_folder("llama"), SENTIMENT_ROWS[:16], output_dir=out, **options)
+
+
+def tensors(folder):
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("steps", [8, 10], ids=["folded", "within a window"])
+def test_replay_and_resume_are_bit_identical(model_folder, tmp_path, dtype, steps):
+    whole = train(model_folder, tmp_path / "whole", num_steps=steps, dtype=dtype)
+    expected = tensors(whole.model_path)
+    assert all(map(torch.equal, tensors(replay(whole.output_dir, tmp_path / "replayed")).values(), expected.values()))
+    for stop, save_steps in itertools.product((4, 5, 7), (2, 3)):
+        out = tmp_path / f"{stop} {save_steps}"
+        train(model_folder, out, num_steps=stop, dtype=dtype, save_steps=save_steps)
+        more = train(
+            model_folder, out, num_steps=steps, dtype=dtype, save_steps=save_steps, resume_from_checkpoint=True
+        )
+        found = tensors(more.model_path)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected), (stop, save_steps)
+
+
+def test_it_learns(model_folder, tmp_path):
+    result = train(
+        model_folder, tmp_path / "run", num_steps=400, learning_rate=9e-4, direction_refresh_steps=20, logging_steps=50,
+        eval_dataset=SENTIMENT_ROWS[:16], eval_on_start=True, eval_steps=400,
+    )  # fmt: skip
+    import json
+
+    log = json.loads((result.output_dir / "trainer_state.json").read_text())["log_history"]
+    losses = [entry["eval_loss"] for entry in log if "eval_loss" in entry]
+    assert losses[-1] < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"use_peft": True}, "an adapter is of low rank already"),
+        ({"normalize_perturbations": True}, "needs direction dense"),
+        ({"direction_rank": 0}, "direction_rank must be at least 1"),
+    ],
+)
+def test_what_does_not_go_together(options, message):
+    with pytest.raises(UserError, match=message):
+        MeZOConfig(model_name_or_path="m", direction="low_rank", **options)
+
+
+def test_estimator_and_window_agree_on_the_seed():
+    """V comes from a window's first record, which is the first probe's."""
+    probes = TwoPoint(0, 1e-3).probes(0)
+    state = LowRank(ParameterSpace({"w": torch.zeros(4, 3)}), 2, 5)
+    state.probes(probes)
+    before = state.v("w").clone()
+    state.update([Record(0, probes[0].seed, 0.0, 0.0, 1.0, 0.1, 0, 0)], 0.0)
+    assert torch.equal(state.v("w"), before)
+    state.probes(TwoPoint(0, 1e-3).probes(1))
+    assert torch.equal(state.v("w"), before)
