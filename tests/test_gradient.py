@@ -73,7 +73,7 @@ def test_one_estimate_is_the_directional_derivative(model_folder, name):
         assert outcome.coefficient == pytest.approx(derivative, rel=1e-2, abs=1e-3)
 
 
-def test_a_step_is_exactly_two_forward_passes(model_folder, tmp_path):
+def test_a_step_is_exactly_two_forward_passes_of_its_rows(model_folder, tmp_path):
     config = MeZOConfig(
         model_name_or_path=model_folder("bert"),
         template=TEMPLATES["bert"],
@@ -84,7 +84,9 @@ def test_a_step_is_exactly_two_forward_passes(model_folder, tmp_path):
         disable_tqdm=True,
     )
     trainer = build_trainer(config, SENTIMENT_ROWS)
-    calls = []
-    trainer.engine.model.base_model.register_forward_hook(lambda *_: calls.append(1))
+    rows = []
+    trainer.engine.model.base_model.register_forward_pre_hook(
+        lambda _, args, kwargs: rows.append(len((*args, kwargs.get("input_ids"))[0])), with_kwargs=True
+    )
     trainer.train()
-    assert len(calls) == 2 * 3
+    assert sum(rows) == 2 * 3 * 8

@@ -45,6 +45,19 @@ def test_compiled_kernel_is_bit_equal_to_reference(seed, starts, width):
     assert torch.equal(philox.normals(seed, stream, starts_R, width).view(torch.int32), expected.view(torch.int32))
 
 
+@settings(max_examples=40, deadline=None)
+@given(start=st.integers(0, 2**40), width=st.integers(0, 70_000), scale=st.floats(-1, 1, width=32))
+@pytest.mark.parametrize("compiled", [True, False])
+def test_both_signs_are_those_of_two_draws(compiled, start, width, scale):
+    base = torch.linspace(-0.03, 0.03, width)
+    stream = philox.stream_id("direction", "weight")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "enabled", lambda: compiled)
+        both = philox.add_normals_both(base, scale, 3, stream, start)
+        expected = [philox.add_normals(base, s, 3, stream, start) for s in (scale, -scale)]
+    assert all(map(torch.equal, both, expected))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("compiled", [True, False])
 def test_add_normals_rounds_product_and_sum_one_after_the_other(dtype, compiled, monkeypatch):

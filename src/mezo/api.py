@@ -171,6 +171,8 @@ def make_engine(
     fresh_modules: Sequence[str] = (),
 ) -> TorchEngine:
     """The engine of a config around a loaded model; `fresh_modules` are those with a `head_learning_rate`."""
+    if config.max_memory_gb is not None:
+        limit_memory(config.max_memory_gb, model.device)
     widths: dict[str, float] = {}
     if config.head_learning_rate is not None:
         width = math.sqrt(config.head_learning_rate / config.learning_rate)
@@ -192,6 +194,20 @@ def make_engine(
         store_device=torch.device("cpu") if config.kv_cache_device == "cpu" else None,
         low_rank=(config.direction_rank, config.direction_refresh_steps) if config.direction == "low_rank" else None,
     )
+
+
+def limit_memory(gigabytes: float, device: torch.device) -> None:
+    """Lets this process take no more than that of the GPU's memory.
+
+    Raises:
+        UserError: the model is not on a GPU, or the GPU has less.
+    """
+    if device.type != "cuda":
+        raise UserError("max_memory_gb is the memory of a GPU, but the model is on the CPU")
+    total = torch.cuda.get_device_properties(device).total_memory
+    if gigabytes * 1e9 > total:
+        raise UserError(f"max_memory_gb is {gigabytes}, but the GPU has {total / 1e9:.1f}")
+    torch.cuda.set_per_process_memory_fraction(gigabytes * 1e9 / total, device)
 
 
 def _trainable_engine(

@@ -40,6 +40,8 @@ class MeZOConfig:
         kv_cache_gb: Memory for what is kept from step to step on the torch engine (prompts' keys and values, hidden
             states below the first trained layer), in GB; the least recently used goes first.
         kv_cache_device: Where that lies: model, beside the weights, or cpu.
+        max_memory_gb: GPU memory that this process may take, in GB. Passes that do not fit, into this or into the GPU,
+            are cut in halves; the losses stay the same.
         use_cpu: Stay on the CPU even if there is a GPU.
         dataset_name: jsonl, json, csv or parquet file, folder of such files, or Hub name.
         dataset_config: Configuration of the data set on the Hub (`sst2` of `glue`, say).
@@ -107,6 +109,7 @@ class MeZOConfig:
     trust_remote_code: bool = False
     engine: Literal["torch", "sglang"] = "torch"
     use_cpu: bool = False
+    max_memory_gb: float | None = None
 
     sglang_mode: Literal["colocate", "server"] = "colocate"
     sglang_server_base_url: list[str] | None = None
@@ -176,7 +179,7 @@ class MeZOConfig:
         if self.label_words is not None:
             words = {label_key(key): str(word) for key, word in self.label_words.items()}
             object.__setattr__(self, "label_words", words)
-        for name in ("learning_rate", "head_learning_rate", "epsilon", "lora_alpha", "kv_cache_gb"):
+        for name in ("learning_rate", "head_learning_rate", "epsilon", "lora_alpha", "kv_cache_gb", "max_memory_gb"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise UserError(f"{name} must be a positive number, got {value}")

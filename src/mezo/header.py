@@ -94,6 +94,7 @@ _MAY_CHANGE = frozenset(
         "output_dir",
         "max_steps",
         "per_device_eval_batch_size",
+        "max_memory_gb",
         "logging_steps",
         "logging_first_step",
         "eval_steps",

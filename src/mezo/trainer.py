@@ -217,7 +217,13 @@ class MeZOTrainer:
     def _reuse(self) -> dict[str, float]:
         """What was not computed anew since the first step, and a low estimate of the time that it would have taken."""
         saved = (self._asked - self._computed) * self._token_seconds if math.isfinite(self._token_seconds) else 0.0
-        return {**reuse_entry(self._asked, self._computed), "seconds_saved": round(saved, 3)}
+        work = self.engine.work
+        padding = round(100 * work.padding / max(work.padding + work.computed, 1), 2)
+        return {
+            **reuse_entry(self._asked, self._computed),
+            "seconds_saved": round(saved, 3),
+            "padding_percent": padding,
+        }
 
     def _log(self, logs: dict[str, float]) -> None:
         self.state.log_history.append(self._dated(logs, self.state.global_step))

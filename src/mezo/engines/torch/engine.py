@@ -7,10 +7,12 @@ size, V vocabulary or classes, Q positions whose logits are read, T targets, N e
 
 from __future__ import annotations
 
+import gc
 import inspect
 import logging
+import math
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -31,6 +33,7 @@ from mezo.engines.torch.low_rank import LowRank, LowRankProbes
 from mezo.engines.torch.perturbed import BATCHED_MODELS, Dense, PerturbedForward
 from mezo.engines.torch.reuse import Stage, TensorStore, cache_of_rows, rows_of_cache, shared_prefixes
 from mezo.engines.torch.space import ParameterSpace, tensors_digest
+from mezo.errors import EngineError
 from mezo.estimator import Probe, Record
 from mezo.objective import Example, TargetScores, TokenSequence, common_prefix, example_losses
 
@@ -137,6 +140,7 @@ class TorchEngine:
         self.eval_batch_size = eval_batch_size
         self._transformer: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model
         self._checked_reads = False
+        self._most_tokens: float = math.inf  # rows × longest row that fit into memory in one pass, as far as known
         self._share = share
         self._store = TensorStore(store_bytes if share else 0, store_device or model.device)
         self.work = Work()
@@ -170,7 +174,7 @@ class TorchEngine:
         together = self._together(probes)
         for group_G in self._groups(examples, self.train_batch_size):
             part = [examples[n] for n in group_G]
-            scores = [score for some in together for score in self._scores(part, some, greedy=False)]
+            scores = [score for some in together for score in self._fitting(part, some, greedy=False)]
             for p, score in enumerate(scores):
                 losses_PN[p, group_G] = example_losses(part, score.logprobs_T).cpu()
         return losses_PN
@@ -179,14 +183,14 @@ class TorchEngine:
     def score(self, examples: Sequence[Example]) -> TargetScores:
         """See `Engine.score`."""
         parts: dict[int, TargetScores] = {}
-        computed = self.work.computed
+        computed, padding = self.work.computed, self.work.padding
         for group_G in self._groups(examples, self.eval_batch_size):
             part = [examples[n] for n in group_G]
-            (scores,) = self._scores(part, [_WEIGHTS_THEMSELVES], greedy=True)
+            (scores,) = self._fitting(part, [_WEIGHTS_THEMSELVES], greedy=True)
             counts_G = [sum(len(s.targets) for s in e.sequences) for e in part]
             columns = [t.cpu().split(counts_G) for t in scores]
             parts |= {n: TargetScores(*column) for n, column in zip(group_G, zip(*columns, strict=True), strict=True)}
-        self.work.computed = computed  # the work of training is counted
+        self.work.computed, self.work.padding = computed, padding  # the work of training is counted
         return TargetScores(*map(torch.cat, zip(*(parts[n] for n in range(len(examples))), strict=True)))
 
     @torch.no_grad()
@@ -263,13 +267,35 @@ class TorchEngine:
         for first in range(0, len(examples), batch_size):
             part = examples[first : first + batch_size]
             shapes = [(len(e.sequences), max(len(s.input_ids) - s.adapter_start for s in e.sequences)) for e in part]
-            groups += [[first + n for n in group] for group in length_groups(shapes, self._pass_cost)]
+            parts = length_groups(shapes, self._pass_cost, self._most_tokens)
+            groups += [[first + n for n in group] for group in parts]
         return groups
 
     @property
     def _pass_cost(self) -> int:
         """What one more forward pass costs, in tokens: a dense direction is drawn anew in each."""
         return 100 if isinstance(self.model, PeftModel) else 500
+
+    def _fitting(self, examples: Sequence[Example], probes: Sequence[Probe], *, greedy: bool) -> list[TargetScores]:
+        """`_scores`, in halves where memory does not hold them at once; later passes are cut to what did not fit."""
+        before = (self.work.computed, self.work.padding)
+        with suppress(torch.OutOfMemoryError):
+            return self._scores(examples, probes, greedy=greedy)
+        # Outside the handler, whose traceback holds the pass's tensors.
+        self.work.computed, self.work.padding = before
+        gc.collect()
+        torch.cuda.empty_cache()
+        half = len(examples) // 2
+        if half:
+            rows = sum(len(e.sequences) for e in examples)
+            longest = max(len(s.input_ids) - s.adapter_start for e in examples for s in e.sequences)
+            self._most_tokens = min(self._most_tokens, rows * longest / 2)
+            logger.warning("%d rows of up to %d tokens do not fit into memory; going on in halves", rows, longest)
+            parts = [self._fitting(part, probes, greedy=greedy) for part in (examples[:half], examples[half:])]
+            return [TargetScores(*map(torch.cat, zip(*both, strict=True))) for both in zip(*parts, strict=True)]
+        if len(probes) > 1:
+            return [score for probe in probes for score in self._fitting(examples, [probe], greedy=greedy)]
+        raise EngineError(f"one example of {examples[0].num_tokens} tokens does not fit into memory")
 
     def _scores(self, examples: Sequence[Example], probes: Sequence[Probe], *, greedy: bool) -> list[TargetScores]:
         """Scores under each probe, from one traversal of the model."""
@@ -392,6 +418,7 @@ class TorchEngine:
     def _extend(self, past: Past | None, stage: Stage, num_probes: int) -> Past:
         """Keys and values of one more stage."""
         inputs = padded(stage, num_probes, self._pad, self.model.device)
+        self.work.padding += num_probes * stage.num_padding
         own_mask_RS = inputs["attention_mask"]
         past = Past(DynamicCache(), own_mask_RS[:, :0]) if past is None else past.of_rows(stage.parents, num_probes)
         decoder = self._transformer.get_decoder()
@@ -402,6 +429,7 @@ class TorchEngine:
         self, past: Past | None, stage: Stage, sequences: Sequence[TokenSequence], num_probes: int, greedy: bool
     ) -> list[TargetScores]:
         """The last stage, and the log-probabilities of its targets under each probe."""
+        self.work.padding += num_probes * stage.num_padding
         batch = Batch.from_stage(stage, sequences, num_probes, self._pad, self.model.device)
         cached: dict[str, object] = {"use_cache": False} if "use_cache" in self._accepted else {}
         if past is not None:
@@ -454,13 +482,14 @@ class TorchEngine:
             logger.warning("%d trained parameters do not take part in the loss: %s", len(unread), ", ".join(unread[:5]))
 
 
-def length_groups(shapes: Sequence[tuple[int, int]], pass_cost: int) -> list[list[int]]:
+def length_groups(shapes: Sequence[tuple[int, int]], pass_cost: int, most_tokens: float = math.inf) -> list[list[int]]:
     """Splits examples into forward passes so that padding and number of passes together cost least.
 
     Args:
         shapes: rows and longest row, in tokens, of each example.
         pass_cost: what one more pass costs, in tokens. A dense direction is drawn anew in each pass, which on a CPU
             takes as long as some 75 tokens and on a GPU as long as some 700; an adapter's costs little.
+        most_tokens: rows × longest row of a pass, unless it has one example only.
 
     Returns:
         Indices of the examples of each pass, shortest rows first; the order of equal lengths is kept.
@@ -468,9 +497,12 @@ def length_groups(shapes: Sequence[tuple[int, int]], pass_cost: int) -> list[lis
     order = sorted(range(len(shapes)), key=lambda n: shapes[n][1])
     best: list[tuple[float, int]] = [(0.0, 0)]  # cost of the first k examples, and where their last pass starts
     for stop in range(1, len(order) + 1):
-        longest, rows, choices = shapes[order[stop - 1]][1], 0, []
+        longest, rows = shapes[order[stop - 1]][1], 0
+        choices: list[tuple[float, int]] = []
         for start in range(stop - 1, -1, -1):
             rows += shapes[order[start]][0]
+            if choices and rows * longest > most_tokens:
+                break
             choices.append((best[start][0] + rows * longest + pass_cost, start))
         best.append(min(choices))
     groups: list[list[int]] = []

@@ -74,6 +74,11 @@ class Stage:
         """Tokens that the pass computes."""
         return sum(map(len, self.chunks))
 
+    @property
+    def num_padding(self) -> int:
+        """Positions that the pass computes besides."""
+        return len(self.chunks) * max(map(len, self.chunks)) - self.num_tokens
+
 
 def shared_prefixes(examples: Sequence[Example], pass_cost: int) -> list[Stage]:
     """Stages that compute a prefix common to all rows, and one common to the rows of an example, only once.

@@ -1,0 +1,68 @@
+"""Triton kernels in Triton's interpreter, bit for bit against the reference; no GPU is needed."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+
+# The interpreter is chosen when Triton is imported, so each check is a process of its own.
+PROLOGUE = """
+import contextlib, torch
+from mezo import philox
+from mezo.kernels import gpu
+torch.cuda.device = lambda device: contextlib.nullcontext()  # tensors stay on the CPU
+SEED, STREAM = 0x0123456789ABCDEF, 0xFEDCBA9876543210
+def reference(start, width):
+    return philox.reference_normals(SEED, STREAM, torch.tensor([start]), width)[0]
+def base(width, dtype):
+    return torch.randn(width, generator=torch.Generator().manual_seed(width)).to(dtype)
+"""
+
+
+def interpreted(code):
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-W", "ignore", "-c", PROLOGUE + code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_add_normals():
+    interpreted("""
+cases = ((1, [3], torch.float32), (1500, [0, 1, 2**33 + 2], torch.float32), (77, [5], torch.bfloat16))
+for width, starts, dtype in cases:
+    base_RW = torch.stack([base(width, dtype)] * len(starts))
+    out_RW = torch.empty(base_RW.shape)
+    gpu.add_normals(out_RW, base_RW, 1e-3, SEED, STREAM, torch.tensor(starts))
+    for out, start in zip(out_RW, starts):
+        assert torch.equal(out, base(width, dtype).float() + 1e-3 * reference(start, width))
+""")
+
+
+def test_add_normals_both():
+    interpreted("""
+cases = ((1, 3, "float32"), (1500, 2**33 + 2, "float32"), (1030, 7, "bfloat16"), (9, 0, "float16"))
+for width, start, dtype in cases:
+    dtype = getattr(torch, dtype)
+    plus, minus = gpu.add_normals_both(base(width, dtype), 1e-3, SEED, STREAM, torch.tensor([start]))
+    moved = 1e-3 * reference(start, width)
+    assert plus.dtype == minus.dtype == dtype
+    for found, exact in ((plus, base(width, dtype).float() + moved), (minus, base(width, dtype).float() - moved)):
+        if dtype == torch.bfloat16:  # the interpreter cuts bits off; a GPU rounds to nearest (benchmarks/gpu_check.py)
+            exact = (exact.view(torch.int32) & -65536).view(torch.float32)
+        assert torch.equal(found, exact.to(dtype))
+""")
+
+
+def test_add_normals_many():
+    interpreted("""
+bases = [base(width, torch.float32) for width in (5, 1024, 3000)]
+outs = [torch.empty_like(b) for b in bases]
+streams = [STREAM, 1, 2**63]
+gpu.add_normals_many(gpu.segment_table(bases, outs, streams), 3000, -0.5, SEED)
+for b, out, stream in zip(bases, outs, streams):
+    z = philox.reference_normals(SEED, stream, torch.tensor([0]), len(b))[0]
+    assert torch.equal(out, b + -0.5 * z)
+""")

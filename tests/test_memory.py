@@ -1,0 +1,90 @@
+"""Passes that do not fit into memory are cut, and nothing else changes."""
+
+import json
+
+import pytest
+import torch
+
+from mezo import MeZOConfig, UserError, mezo_finetune
+from mezo.api import build_trainer
+from mezo.engines.torch.engine import length_groups
+from mezo.errors import EngineError
+from mezo.estimator import Probe
+from tests.conftest import SENTIMENT_ROWS
+
+PROBES = [Probe(7, 0.05), Probe(7, -0.05)]
+PROMPT = {"template": "{text} it was", "label_words": {"0": "bad", "1": "great , good"}}
+
+
+def small_memory(model, tokens):
+    """Passes of more tokens raise what a GPU raises."""
+    seen = []
+
+    def check(_, args, kwargs):
+        size = (*args, kwargs.get("input_ids"))[0].numel()
+        seen.append(size)
+        if size > tokens:
+            raise torch.OutOfMemoryError("injected")
+
+    model.get_decoder().register_forward_pre_hook(check, with_kwargs=True)
+    return seen
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"use_peft": True}, {"direction": "low_rank"}], ids=["full", "lora", "low rank"]
+)
+def test_losses_do_not_depend_on_memory(model_folder, options):
+    config = MeZOConfig(model_name_or_path=model_folder("llama"), seed=3, **PROMPT, **options)
+    roomy, tight = (build_trainer(config, SENTIMENT_ROWS[:20]) for _ in range(2))
+    seen = small_memory(tight.engine.model, 200)
+    expected = roomy.engine.losses(roomy.train_examples, PROBES)
+    assert (tight.engine.losses(tight.train_examples, PROBES) - expected).abs().max() < 1e-5
+    assert max(seen) > 200
+    assert tight.engine.work.asked == roomy.engine.work.asked >= tight.engine.work.computed
+    seen.clear()  # what did not fit is not tried again
+    assert (tight.engine.losses(tight.train_examples, PROBES) - expected).abs().max() < 1e-5
+    assert max(seen) <= 200
+    scores = [t.engine.score(t.train_examples) for t in (roomy, tight)]
+    assert (scores[0].logprobs_T - scores[1].logprobs_T).abs().max() < 1e-5
+    assert torch.equal(scores[0].greedy_T, scores[1].greedy_T)
+
+
+def test_probes_one_by_one_and_then_an_error(model_folder):
+    trainer = build_trainer(MeZOConfig(model_name_or_path=model_folder("llama"), **PROMPT), SENTIMENT_ROWS[:1])
+    (example,) = trainer.train_examples
+    expected = trainer.engine.losses([example], PROBES)
+    rows, longest = len(example.sequences), max(len(s.input_ids) for s in example.sequences)
+    small_memory(trainer.engine.model, rows * longest)
+    assert (trainer.engine.losses([example], PROBES) - expected).abs().max() < 1e-5
+    small_memory(trainer.engine.model, longest - 1)
+    with pytest.raises(EngineError, match="does not fit into memory"):
+        trainer.engine.losses([example], PROBES)
+
+
+def test_length_groups_keep_to_the_limit():
+    shapes = [(2, 10), (2, 30), (1, 25), (3, 10), (9, 100)]
+    assert length_groups(shapes, 10_000) == [[0, 3, 2, 1, 4]]
+    groups = length_groups(shapes, 10_000, 100)
+    for group in groups:
+        assert len(group) == 1 or sum(shapes[n][0] for n in group) * max(shapes[n][1] for n in group) <= 100
+    assert sorted(n for group in groups for n in group) == [0, 1, 2, 3, 4]
+    assert len(groups) == 3
+
+
+def test_the_limit_is_a_gpus(model_folder):
+    config = MeZOConfig(model_name_or_path=model_folder("llama"), use_cpu=True, max_memory_gb=1.0, **PROMPT)
+    with pytest.raises(UserError, match="the memory of a GPU"):
+        build_trainer(config, SENTIMENT_ROWS)
+    with pytest.raises(UserError, match="max_memory_gb must be a positive number"):
+        MeZOConfig(model_name_or_path="m", max_memory_gb=-1)
+
+
+def test_padding_is_logged(model_folder, tmp_path):
+    rows = [{"prompt": "good", "completion": "x"}, {"prompt": "good " * 5, "completion": "x"}]
+    result = mezo_finetune(
+        model_folder("llama"), rows, num_steps=2, batch_size=2, output_dir=tmp_path, disable_tqdm=True, logging_steps=1
+    )
+    entry = json.loads((result.output_dir / "trainer_state.json").read_text())["log_history"][-1]
+    trainer = build_trainer(MeZOConfig(model_name_or_path=model_folder("llama")), rows)
+    short, long = sorted(e.num_tokens for e in trainer.train_examples)
+    assert entry["padding_percent"] == pytest.approx(100 * (long - short) / (2 * long), abs=0.01)
