@@ -25,7 +25,7 @@ from mezo.encoding import Encoder, make_encoder
 from mezo.engines.base import Engine
 from mezo.engines.torch.engine import TorchEngine, trained_parameters
 from mezo.engines.torch.layers import trainable_names
-from mezo.engines.torch.loading import is_encoder, load_model, load_model_config, load_tokenizer
+from mezo.engines.torch.loading import LoadedModel, is_encoder, load_model, load_model_config, load_tokenizer
 from mezo.errors import JournalError, UserError
 from mezo.estimator import TwoPoint
 from mezo.evaluation import Metrics, evaluate
@@ -220,13 +220,20 @@ def _trainable_engine(
 
         num_probes = len(TwoPoint(config.seed, config.epsilon).probes(0))
         return Parts(build_engine(config, kind, tokenizer, num_probes), model_digest)
-    base, fresh_modules, centred_module = load_model(config, kind, labels)
+    return Parts(trainable_engine(config, kind, load_model(config, kind, labels), tokenizer), model_digest)
+
+
+def trainable_engine(
+    config: MeZOConfig, kind: str, loaded: LoadedModel, tokenizer: PreTrainedTokenizerBase
+) -> TorchEngine:
+    """An engine that trains what the config says of a loaded base model."""
+    base, fresh_modules, centred_module = loaded
     if not config.use_peft:
         names = None if config.trainable_layers is None else set(trainable_names(base, config.trainable_layers))
         for name, parameter in base.named_parameters():
             parameter.requires_grad_(parameter.is_floating_point() and (names is None or name in names))
     model = add_adapter(base, config, kind, fresh_modules, centred_module) if config.use_peft else base
-    return Parts(make_engine(config, model, tokenizer, fresh_modules), model_digest)
+    return make_engine(config, model, tokenizer, fresh_modules)
 
 
 def replay(

@@ -87,6 +87,13 @@ def _presets(argv: list[str]) -> None:
         print(f"{name:15} learning_rate in {{{rates}}}  {values}\n{'':15} {entry.source}")
 
 
+def _bench(argv: list[str]) -> None:
+    from mezo.bench import BenchOptions
+    from mezo.cli.commands import bench
+
+    bench(_parse(BenchOptions, argv, "mezo bench"))
+
+
 def _env(argv: list[str]) -> None:
     _parse(PresetsOptions, argv, "mezo env")
     from mezo.cli.commands import env
@@ -103,6 +110,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "replay": (_replay, "rebuild the trained weights from the base model and the journal alone"),
     "inspect": (_inspect, "summary of a run's journal: settings, steps, losses, tokens computed and reused"),
     "merge": (_merge, "add a LoRA adapter to its base model and save a transformers model"),
+    "bench": (_bench, "time and memory of a step on this machine, against plain forward passes"),
     "presets": (_presets, "list the paper's settings for --preset"),
     "env": (_env, "versions and hardware, for bug reports"),
 }

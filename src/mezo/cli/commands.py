@@ -12,10 +12,12 @@ import warnings
 
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from transformers.utils import logging as transformers_logging
 
 from mezo import api
+from mezo.bench import BenchOptions
+from mezo.bench import run as run_bench
 from mezo.cli.options import EvalOptions, InspectOptions, MergeOptions, ReplayOptions
 from mezo.config import MeZOConfig
 from mezo.evaluation import Metrics
@@ -91,6 +93,23 @@ def merge(options: MergeOptions) -> None:
     _quiet()
     path = api.merge(options.adapter_name_or_path, options.output_dir, model_name_or_path=options.model_name_or_path)
     print(f"merged: {path}")
+
+
+def bench(options: BenchOptions) -> None:
+    """`mezo bench`."""
+    _quiet()
+    rows = run_bench(options)
+    if options.json:
+        for row in rows:
+            print(json.dumps(dataclasses.asdict(row)))
+        return
+    table = Table(Column("", no_wrap=True), "ms", "ratio", "tokens/s", "weights GB/s", "of copy", "peak MiB")
+    for row in rows:
+        table.add_row(
+            row.what, f"{row.milliseconds:.1f}", f"{row.ratio:.2f}", f"{row.tokens_per_second:,.0f}",
+            f"{row.traffic:.1f}", f"{100 * row.bandwidth:.0f} %", f"{row.peak_memory:,.0f}",
+        )  # fmt: skip
+    Console().print(table)
 
 
 def env() -> None:

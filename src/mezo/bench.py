@@ -1,0 +1,245 @@
+"""What a step costs on the user's model and machine: `mezo bench`.
+
+Side by side in one process, on the same random rows: two plain forward passes, a step of mezo, and a step of the
+original algorithm as the paper writes it (arXiv 2305.17333, algorithm 1: the weights are moved by +ε, −2ε and +ε in
+place and then updated, z drawn again each time from a reseeded generator). All compute logits only where the loss
+reads them.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+
+from mezo.api import trainable_engine
+from mezo.config import MeZOConfig
+from mezo.engines.torch.engine import TorchEngine
+from mezo.engines.torch.loading import (
+    LoadedModel,
+    device_for,
+    is_encoder,
+    load_model,
+    load_model_config,
+    load_tokenizer,
+)
+from mezo.errors import UserError
+from mezo.estimator import Record, TwoPoint
+from mezo.objective import Example, Target, TokenSequence, batch_loss, example_losses
+
+_EPSILON, _LEARNING_RATE = 1e-3, 1e-9
+_COPY_BYTES_GPU, _COPY_BYTES_CPU = 1 << 31, 1 << 28
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchOptions:
+    """Times two plain forward passes, a step of mezo and a step of the original algorithm on random rows.
+
+    Args:
+        model_name_or_path: Folder or Hub name of the model.
+        random_weights: Read only the model's configuration and fill the weights at random: the same speed and memory.
+        rows: Rows of a batch.
+        tokens: Tokens of a row.
+        use_peft: Train LoRA instead of all parameters.
+        lora_r: Rank of LoRA.
+        direction: dense or low_rank, see `mezo train`.
+        direction_rank: Rank of low_rank.
+        repeats: Timed repetitions of each; the median is reported.
+        dtype: Weights' type.
+        attn_implementation: transformers' attention: sdpa, eager, …
+        use_cpu: Stay on the CPU even if there is a GPU.
+        trust_remote_code: Run modelling code that comes with the model.
+        json: Print one JSON object per line instead of a table.
+    """
+
+    model_name_or_path: str
+    random_weights: bool = False
+    rows: int = 16
+    tokens: int = 128
+    use_peft: bool = False
+    lora_r: int = 8
+    direction: Literal["dense", "low_rank"] = "dense"
+    direction_rank: int = 2
+    repeats: int = 10
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    attn_implementation: str | None = None
+    use_cpu: bool = False
+    trust_remote_code: bool = False
+    json: bool = False
+
+    def config(self) -> MeZOConfig:
+        """The same as options of a run."""
+        return MeZOConfig(
+            model_name_or_path=self.model_name_or_path, use_peft=self.use_peft, lora_r=self.lora_r,
+            direction=self.direction, direction_rank=self.direction_rank, dtype=self.dtype,
+            attn_implementation=self.attn_implementation, use_cpu=self.use_cpu,
+            trust_remote_code=self.trust_remote_code, per_device_train_batch_size=self.rows,
+            per_device_eval_batch_size=self.rows,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One line of the table.
+
+    Args:
+        what: what was run.
+        milliseconds: median of the repetitions.
+        low: 20th percentile.
+        high: 80th percentile.
+        ratio: median over that of two plain forward passes.
+        tokens_per_second: input tokens of the batch, under both signs, per second.
+        traffic: bytes of weights that the method reads and writes, per second, in GB; of the method's definition, not
+            of a counter.
+        bandwidth: the same as a share of the machine's copy bandwidth.
+        peak_memory: MiB, at its highest during the repetitions; of the GPU, or of the process on a CPU.
+    """
+
+    what: str
+    milliseconds: float
+    low: float
+    high: float
+    ratio: float
+    tokens_per_second: float
+    traffic: float
+    bandwidth: float
+    peak_memory: float
+
+
+def run(options: BenchOptions) -> list[Measurement]:
+    """Measures everything; the methods take turns, so that a change of clock speed meets all of them."""
+    if options.tokens < 2 or options.rows < 1 or options.repeats < 2:
+        raise UserError("bench needs at least 1 row of 2 tokens and 2 repeats")
+    engine = make_bench_engine(options)
+    examples = make_examples(options, engine)
+    methods: dict[str, tuple[Callable[[int], object], float]] = {
+        "two plain forwards": (lambda _: (_plain_loss(engine, examples), _plain_loss(engine, examples)), 2.0),
+        "a step of mezo": (lambda step: mezo_step(engine, examples, step), _passes(options)),
+        "original algorithm": (lambda step: original_step(engine, examples, step), 2.0 + 8.0 * (not options.use_peft)),
+    }
+    weight_bytes = sum(p.numel() * p.element_size() for p in engine.model.parameters())
+    copies = copy_bandwidth(engine.model.device)
+    times: dict[str, list[float]] = {name: [] for name in methods}
+    peaks = dict.fromkeys(methods, 0.0)
+    for repeat in range(options.repeats + 2):
+        for name, (method, _) in methods.items():
+            _reset_peak(engine.model.device)
+            seconds = timed(lambda method=method, repeat=repeat: method(repeat), engine.model.device)  # type: ignore[misc]
+            if repeat >= 2:  # two rounds of warm-up: compilation, allocator
+                times[name].append(seconds)
+                peaks[name] = max(peaks[name], _peak(engine.model.device))
+    base = statistics.median(times["two plain forwards"])
+    rows = []
+    for name, (_, passes) in methods.items():
+        median = statistics.median(times[name])
+        quantiles = statistics.quantiles(times[name], n=5)
+        traffic = passes * weight_bytes / median / 1e9
+        rows.append(
+            Measurement(
+                name, median * 1e3, quantiles[0] * 1e3, quantiles[3] * 1e3, median / base,
+                2 * options.rows * options.tokens / median, traffic, traffic / copies, peaks[name],
+            )
+        )  # fmt: skip
+    return rows
+
+
+def make_bench_engine(options: BenchOptions) -> TorchEngine:
+    """The engine that `mezo train` would use, with random weights if that is asked for."""
+    config = options.config()
+    model_config = load_model_config(config)
+    encoder = is_encoder(model_config)
+    kind = "masked_lm" if encoder else "causal_lm"
+    if not options.random_weights:
+        return trainable_engine(config, kind, load_model(config, kind), load_tokenizer(config))
+    dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(options.dtype, torch.float32)
+    auto = AutoModelForMaskedLM if encoder else AutoModelForCausalLM
+    more = {} if options.attn_implementation is None else {"attn_implementation": options.attn_implementation}
+    with device_for(config):
+        model = auto.from_config(model_config, dtype=dtype, **more).eval().requires_grad_(False)
+    return trainable_engine(config, kind, LoadedModel(model, []), load_tokenizer(config))
+
+
+def make_examples(options: BenchOptions, engine: TorchEngine) -> list[Example]:
+    """Random rows whose last token is the answer; on an encoder a token in the middle."""
+    size = engine.model.config.vocab_size
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(size // 2, size, (options.rows, options.tokens), generator=generator).tolist()
+    position = options.tokens // 2 if is_encoder(engine.model.config) else options.tokens - 2
+    return [Example((TokenSequence(tuple(row), (Target(position, row[-1], 0),)),)) for row in ids]
+
+
+def mezo_step(engine: TorchEngine, examples: Sequence[Example], step: int) -> None:
+    """Probes, losses, coefficient and update, as in training."""
+    estimator = TwoPoint(seed=0, epsilon=_EPSILON)
+    probes = estimator.probes(step)
+    losses = [batch_loss(examples, losses_N) for losses_N in engine.losses(examples, probes)]
+    (outcome,) = estimator.outcomes(probes, losses)
+    engine.update([Record(step, *outcome, _LEARNING_RATE, 0, len(examples))])
+
+
+@torch.no_grad()
+def original_step(engine: TorchEngine, examples: Sequence[Example], step: int) -> None:
+    """Algorithm 1 of the paper, in place."""
+
+    def move(scale: float) -> None:
+        torch.manual_seed(step)
+        for p in engine.space.parameters.values():
+            p.add_(torch.normal(mean=0, std=1, size=p.shape, dtype=p.dtype, device=p.device), alpha=scale)
+
+    move(_EPSILON)
+    loss_plus = _plain_loss(engine, examples)
+    move(-2 * _EPSILON)
+    loss_minus = _plain_loss(engine, examples)
+    move(_EPSILON)
+    move(-_LEARNING_RATE * (loss_plus - loss_minus) / (2 * _EPSILON))
+    if engine._lora is not None:
+        engine._lora.changed()
+
+
+def _plain_loss(engine: TorchEngine, examples: Sequence[Example]) -> float:
+    return batch_loss(examples, example_losses(examples, engine.score(examples).logprobs_T))
+
+
+def _passes(options: BenchOptions) -> float:
+    """Passes over the weights: low-rank directions read them once; dense ones are read, written to scratch and read
+    again under each sign, and the update reads and writes them."""
+    return 1.0 if options.use_peft or options.direction == "low_rank" else 7.0
+
+
+def timed(function: Callable[[], object], device: torch.device) -> float:
+    """Seconds until the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    started = time.perf_counter()
+    function()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """GB/s that a large copy reads and writes; the best of five."""
+    count = (_COPY_BYTES_GPU if device.type == "cuda" else _COPY_BYTES_CPU) // 4
+    source, target = torch.zeros(count, device=device), torch.empty(count, device=device)
+    return max(2 * 4 * count / timed(lambda: target.copy_(source), device) for _ in range(5)) / 1e9
+
+
+def _reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+
+
+def _peak(device: torch.device) -> float:
+    """MiB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 1024
