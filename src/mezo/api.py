@@ -26,13 +26,13 @@ from mezo.engines.base import Engine
 from mezo.engines.torch.engine import TorchEngine, trained_parameters
 from mezo.engines.torch.layers import trainable_names
 from mezo.engines.torch.loading import LoadedModel, is_encoder, load_model, load_model_config, load_tokenizer
+from mezo.engines.torch.optimizer import make_optimizer
 from mezo.errors import JournalError, UserError
-from mezo.estimator import TwoPoint
 from mezo.evaluation import Metrics, evaluate
 from mezo.fingerprint import checkpoint_digest
 from mezo.header import make_header
 from mezo.objective import Example
-from mezo.trainer import MeZOTrainer, TrainResult, mean_loss, reuse_entry
+from mezo.trainer import MeZOTrainer, TrainResult, make_estimator, mean_loss, reuse_entry
 
 logger = logging.getLogger(__name__)
 
@@ -193,6 +193,7 @@ def make_engine(
         store_bytes=int(config.kv_cache_gb * 1e9),
         store_device=torch.device("cpu") if config.kv_cache_device == "cpu" else None,
         low_rank=(config.direction_rank, config.direction_refresh_steps) if config.direction == "low_rank" else None,
+        optimizer=make_optimizer(config),
     )
 
 
@@ -218,7 +219,7 @@ def _trainable_engine(
     if config.engine == "sglang":
         from mezo.engines.sglang.build import build_engine
 
-        num_probes = len(TwoPoint(config.seed, config.epsilon).probes(0))
+        num_probes = len(make_estimator(config).probes(0))
         return Parts(build_engine(config, kind, tokenizer, num_probes), model_digest)
     return Parts(trainable_engine(config, kind, load_model(config, kind, labels), tokenizer), model_digest)
 
@@ -295,7 +296,7 @@ def summary(run: str | Path) -> dict[str, object]:
         window = min(100, len(steps))
         facts["loss, first steps"] = mean_loss([r for records in steps[:window] for r in records])
         facts["loss, last steps"] = mean_loss([r for records in steps[-window:] for r in records])
-        asked = sum(records[0].asked_tokens for records in steps)
+        asked = len(make_estimator(config).probes(0)) * sum(records[0].num_tokens for records in steps)
         facts |= reuse_entry(asked, sum(records[0].computed_tokens for records in steps))
     state_path = path.parent / checkpoint.STATE_NAME
     if state_path.exists():

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import difflib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -72,13 +72,26 @@ class MeZOConfig:
         per_device_train_batch_size: Examples in a forward pass.
         gradient_accumulation_steps: Batches of that size in a step.
         per_device_eval_batch_size: Examples in a forward pass of the evaluation.
-        learning_rate: Constant learning rate of SGD.
+        learning_rate: The highest learning rate; constant unless lr_scheduler_type says otherwise.
         head_init: The layer that feeds a fresh classification head through tanh (BERT's pooler, the dense layer of
             RoBERTa's head): centered makes it subtract the mean hidden state, random leaves transformers' values.
         head_learning_rate: Learning rate of a fresh classification head; learning_rate if not given. z of the head is
             drawn wider by the square root of their ratio, so that one projected_grad serves both.
         weight_decay: Decoupled weight decay; biases and norms are skipped.
         epsilon: Half the distance between the two evaluations, in units of z.
+        estimator: From losses to a direction's coefficient: spsa, as published; fzoo, one-sided and scaled by the
+            losses' standard deviation; 1.5-spsa, scaled by curvature; es, by ranks. See `mezo.estimator`.
+        num_queries: Directions in a step. spsa and es evaluate each on both sides.
+        clip_quantile: Limit |projected_grad| of spsa to this quantile of the values before; off if not given.
+        clip_window: How many values before.
+        optim: sgd; momentum (the mean of past estimates, decaying) or adam where the state is small: adapters, and
+            low-rank directions, whose state starts anew with each window.
+        momentum: Decay of momentum.
+        adam_beta1: Decay of Adam's first moment.
+        adam_beta2: Decay of its second moment.
+        adam_epsilon: Added to the root of the second moment.
+        lr_scheduler_type: constant, linear or cosine, down to 0 at max_steps.
+        warmup_steps: Steps in which the learning rate grows from 0.
         direction: What z of a matrix is when all parameters are trained: dense, every entry drawn, as published; or
             low_rank, U Vᵀ / √r with V held for a window of steps (LOZO, arXiv 2410.07698), whose entries have variance
             1 too. Vectors are dense in both.
@@ -155,6 +168,17 @@ class MeZOConfig:
     head_learning_rate: float | None = None
     weight_decay: float = 0.0
     epsilon: float = 1e-3
+    estimator: Literal["spsa", "fzoo", "1.5-spsa", "es"] = "spsa"
+    num_queries: int = 1
+    clip_quantile: float | None = None
+    clip_window: int = 100
+    optim: Literal["sgd", "momentum", "adam"] = "sgd"
+    momentum: float = 0.9
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_epsilon: float = 1e-8
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: int = 0
     direction: Literal["dense", "low_rank"] = "dense"
     direction_rank: int = 2
     direction_refresh_steps: int = 50
@@ -179,30 +203,51 @@ class MeZOConfig:
         if self.label_words is not None:
             words = {label_key(key): str(word) for key, word in self.label_words.items()}
             object.__setattr__(self, "label_words", words)
-        for name in ("learning_rate", "head_learning_rate", "epsilon", "lora_alpha", "kv_cache_gb", "max_memory_gb"):
+        for wrong, message in (*self._numbers(), *self._combinations()):
+            if wrong:
+                raise UserError(message)
+
+    def _numbers(self) -> Iterator[tuple[bool, str]]:
+        """What each number must be, and whether it is not."""
+        for name in _POSITIVE:
             value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value > 0):
-                raise UserError(f"{name} must be a positive number, got {value}")
+            wrong = value is not None and not (math.isfinite(value) and value > 0)
+            yield wrong, f"{name} must be a positive number, got {value}"
         for name in _COUNTS:
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"{name} must be at least 1, got {value}")
-        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
-            raise UserError(f"weight_decay must be 0 or more, got {self.weight_decay}")
-        if self.lora_variant == "alora" and not (self.use_peft and self.peft_type == "lora"):
-            raise UserError("lora_variant alora needs use_peft with peft_type lora")
-        if self.alora_invocation_tokens is not None and not self.alora_invocation_tokens:
-            raise UserError("alora_invocation_tokens is empty")
-        if self.direction == "low_rank" and self.use_peft:
-            raise UserError("direction low_rank is for all parameters; an adapter is of low rank already")
-        if self.direction == "low_rank" and self.normalize_perturbations:
-            raise UserError("normalize_perturbations needs direction dense")
-        if not 0 <= self.seed < 2**63:
-            raise UserError(f"seed must lie in [0, 2**63), got {self.seed}")
-        if self.validation_size < 0 or (self.validation_size >= 1 and self.validation_size % 1):
-            raise UserError(
-                f"validation_size must be a share below 1 or a whole number of rows, got {self.validation_size}"
-            )
+            yield value is not None and value < 1, f"{name} must be at least 1, got {value}"
+        for name in ("momentum", "adam_beta1", "adam_beta2"):
+            yield not 0 <= getattr(self, name) < 1, f"{name} must lie in [0, 1), got {getattr(self, name)}"
+        decay, size, quantile = self.weight_decay, self.validation_size, self.clip_quantile
+        yield not (math.isfinite(decay) and decay >= 0), f"weight_decay must be 0 or more, got {decay}"
+        yield self.warmup_steps < 0, f"warmup_steps must be 0 or more, got {self.warmup_steps}"
+        yield not 0 <= self.seed < 2**63, f"seed must lie in [0, 2**63), got {self.seed}"
+        yield (
+            size < 0 or (size >= 1 and size % 1 != 0),
+            f"validation_size must be a share below 1 or a whole number of rows, got {size}",
+        )
+        yield quantile is not None and not 0 < quantile <= 1, f"clip_quantile must be above 0, up to 1; got {quantile}"
+
+    def _combinations(self) -> Iterator[tuple[bool, str]]:
+        """What does not go together."""
+        low_rank, lora = self.direction == "low_rank", self.use_peft and self.peft_type == "lora"
+        yield self.lora_variant == "alora" and not lora, "lora_variant alora needs use_peft with peft_type lora"
+        yield self.alora_invocation_tokens == [], "alora_invocation_tokens is empty"
+        yield (
+            self.estimator in ("fzoo", "es") and self.num_queries < 2,
+            f"estimator {self.estimator} compares directions: num_queries must be at least 2",
+        )
+        yield (
+            self.clip_quantile is not None and self.estimator != "spsa",
+            f"clip_quantile is for estimator spsa; {self.estimator} scales its coefficients itself",
+        )
+        yield (
+            self.optim != "sgd" and not (self.use_peft or low_rank),
+            f"optim {self.optim} keeps a state as large as the weights; it is for adapters and direction low_rank",
+        )
+        yield self.optim != "sgd" and self.engine == "sglang", f"optim {self.optim} needs engine torch"
+        yield low_rank and self.use_peft, "direction low_rank is for all parameters; an adapter is of low rank already"
+        yield low_rank and self.normalize_perturbations, "normalize_perturbations needs direction dense"
 
     @property
     def batch_size(self) -> int:
@@ -266,11 +311,14 @@ def looks_like_wrong_rate(config: MeZOConfig) -> str | None:
     return None
 
 
+_POSITIVE = (
+    "learning_rate", "head_learning_rate", "epsilon", "lora_alpha", "kv_cache_gb", "max_memory_gb", "adam_epsilon",
+)  # fmt: skip
 _COUNTS = (
     "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "per_device_eval_batch_size",
     "lora_r", "num_virtual_tokens", "logging_steps", "eval_steps", "save_steps", "save_total_limit", "max_length",
     "max_train_samples", "max_eval_samples", "sglang_tp_size", "direction_rank",
-    "direction_refresh_steps",
+    "direction_refresh_steps", "num_queries", "clip_window",
 )  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from mezo.config import MeZOConfig
 from mezo.data import BatchSampler
 from mezo.engines.base import Engine
 from mezo.errors import NonFiniteLossError, UserError
-from mezo.estimator import Estimator, Outcome, Record, TwoPoint, is_finite
+from mezo.estimator import ESTIMATORS, Estimator, Outcome, QuantileClip, Record, is_finite, scheduled_rate
 from mezo.evaluation import Metrics, evaluate
 from mezo.header import check_header
 from mezo.model_card import model_card
@@ -62,7 +62,7 @@ class MeZOTrainer:
         eval_examples: encoded evaluation rows, or None.
         header: facts about model and versions that the journal's header keeps, see `mezo.api.journal_header`.
         callbacks: `transformers.TrainerCallback`s.
-        estimator: probes and coefficients; two-point SPSA if not given.
+        estimator: probes and coefficients; what the config says if not given.
     """
 
     def __init__(
@@ -79,7 +79,9 @@ class MeZOTrainer:
         self.engine = engine
         self.train_examples = train_examples
         self.eval_examples = eval_examples
-        self.estimator = estimator or TwoPoint(config.seed, config.epsilon)
+        self.estimator = estimator or make_estimator(config)
+        self._num_probes = len(self.estimator.probes(0))
+        self._clip = QuantileClip(config.clip_quantile, config.clip_window) if config.clip_quantile else None
         self.run = Path(config.output_dir)
         self.header = header
         self.args = training_arguments(config)
@@ -105,7 +107,7 @@ class MeZOTrainer:
     # --- the step ---------------------------------------------------------------------------------------------------
 
     def step(self) -> list[Record]:
-        """One training step: two forward passes, one record, one update."""
+        """One training step: forward passes under all probes, a record for each direction, one update."""
         step = self.state.global_step
         examples = [self.train_examples[i] for i in self.sampler(step)]
         probes = self.estimator.probes(step)
@@ -114,7 +116,7 @@ class MeZOTrainer:
         computed = round(self.engine.work.computed - computed)
         self._token_seconds = min(self._token_seconds, (time.perf_counter() - started) / max(computed, 1))
         outcomes = self.estimator.outcomes(probes, [batch_loss(examples, losses_N) for losses_N in losses_PN])
-        records = self._records(examples, outcomes, computed)
+        records = self._records(examples, outcomes if self._clip is None else self._clip(outcomes), computed)
         if not all(map(is_finite, records)):
             raise NonFiniteLossError(self._non_finite_message(step, losses_PN.isfinite().all(dim=0).tolist()))
         assert self._journal is not None
@@ -130,9 +132,13 @@ class MeZOTrainer:
             "computed_tokens": computed,
         }
         return [
-            Record(self.state.global_step, *outcome, self.config.learning_rate, query=query, **counts)
+            Record(self.state.global_step, *outcome, self._learning_rate(), query=query, **counts)
             for query, outcome in enumerate(outcomes)
         ]
+
+    def _learning_rate(self) -> float:
+        c = self.config
+        return scheduled_rate(c.learning_rate, self.state.global_step, c.max_steps, c.lr_scheduler_type, c.warmup_steps)
 
     # --- the run ----------------------------------------------------------------------------------------------------
 
@@ -169,7 +175,7 @@ class MeZOTrainer:
             self.state.global_step += 1
             self.state.epoch = self.sampler.epoch(self.state.global_step)
             self.state.num_input_tokens_seen += records[0].num_tokens
-            self._asked += records[0].asked_tokens
+            self._asked += self._num_probes * records[0].num_tokens
             self._computed += records[0].computed_tokens
             self._recent += records
             self._event("on_step_end")
@@ -209,7 +215,7 @@ class MeZOTrainer:
 
     def _train_logs(self) -> dict[str, float]:
         now = time.perf_counter()
-        tokens = sum(r.asked_tokens for r in self._recent if r.query == 0)
+        tokens = self._num_probes * sum(r.num_tokens for r in self._recent if r.query == 0)
         logs = {**log_entry(self._recent), "tokens_per_second": tokens / (now - self._log_time), **self._reuse()}
         self._recent, self._log_time = [], now
         return logs
@@ -262,7 +268,7 @@ class MeZOTrainer:
         started = time.perf_counter()
         self._journal.sync()
         path = checkpoint.checkpoint_path(self.run, self.state.global_step)
-        checkpoint.write_folder(path, lambda folder: self._write(folder, None))
+        checkpoint.write_folder(path, self._write_checkpoint)
         best = self.state.best_model_checkpoint
         checkpoint.rotate(self.run, self.config.save_total_limit, Path(best) if best else None)
         self._save_state()
@@ -273,6 +279,10 @@ class MeZOTrainer:
         self.engine.save(folder)
         (folder / "README.md").write_text(model_card(self.config, self.header, self.state, metrics))
         (folder / checkpoint.STATE_NAME).write_text(state_json(self.state))
+
+    def _write_checkpoint(self, folder: Path) -> None:
+        self._write(folder, None)
+        self.engine.save_optimizer(folder)
 
     def save_initial(self) -> None:
         """Writes `checkpoint-0`, for initial weights that no seed makes anew; a resumed run starts from it."""
@@ -320,6 +330,7 @@ class MeZOTrainer:
             start = max(usable, default=0)
             if start in usable:
                 self.engine.load(usable[start])
+                self.engine.load_optimizer(usable[start])
             for records in contents.steps[start:]:
                 self.engine.update(records)
             self._restore_state(contents.steps)
@@ -337,7 +348,10 @@ class MeZOTrainer:
             setattr(self.state, name, getattr(saved, name))
         logged = max((int(entry["step"]) for entry in self.state.log_history if "loss" in entry), default=0)
         for step, records in enumerate(steps, start=1):
-            self._asked += records[0].asked_tokens
+            if self._clip is not None:
+                width = 2 * self.config.epsilon * len(records)
+                self._clip.observe([(r.loss_plus - r.loss_minus) / width for r in records])
+            self._asked += self._num_probes * records[0].num_tokens
             self._computed += records[0].computed_tokens
             if step <= logged:
                 continue
@@ -365,6 +379,11 @@ class MeZOTrainer:
             f"weights are those after {step} steps, saved in checkpoint-{step}. Lower learning_rate or epsilon, or "
             "look at these rows."
         )
+
+
+def make_estimator(config: MeZOConfig) -> Estimator:
+    """The estimator that the config names."""
+    return ESTIMATORS[config.estimator](config.seed, config.epsilon, config.num_queries)
 
 
 def log_entry(records: Sequence[Record]) -> dict[str, float]:

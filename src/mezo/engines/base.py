@@ -65,6 +65,14 @@ class Engine(Protocol):
         """Takes the trained weights from a folder that `save` wrote."""
         ...
 
+    def save_optimizer(self, folder: Path) -> None:
+        """Writes the optimizer's state, if it has one, beside a checkpoint's weights."""
+        ...
+
+    def load_optimizer(self, folder: Path) -> None:
+        """Takes the state that `save_optimizer` wrote."""
+        ...
+
     def digest(self) -> str:
         """Hash of the trained parameters' present values."""
         ...

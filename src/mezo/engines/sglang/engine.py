@@ -160,6 +160,12 @@ class SGLangEngine:
         self._unsent, self._unsaved = [], []
         self._detach()
 
+    def save_optimizer(self, folder: Path) -> None:
+        """See `Engine.save_optimizer`: plain SGD has no state."""
+
+    def load_optimizer(self, folder: Path) -> None:
+        """See `Engine.load_optimizer`."""
+
     def digest(self) -> str:
         """See `Engine.digest`."""
         self._catch_up()

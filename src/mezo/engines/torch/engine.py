@@ -30,6 +30,7 @@ from mezo.engines.torch.graphs import Graphs, Shape, StaticInputs
 from mezo.engines.torch.layers import FrozenLayers, first_trained_layer
 from mezo.engines.torch.lora import BatchedLoRA
 from mezo.engines.torch.low_rank import LowRank, LowRankProbes
+from mezo.engines.torch.optimizer import Optimizer, load_state, save_state
 from mezo.engines.torch.perturbed import BATCHED_MODELS, Dense, PerturbedForward
 from mezo.engines.torch.reuse import Stage, TensorStore, cache_of_rows, rows_of_cache, shared_prefixes
 from mezo.engines.torch.space import ParameterSpace, tensors_digest
@@ -115,6 +116,7 @@ class TorchEngine:
         store_bytes: memory for what is kept from step to step.
         store_device: where that lies; beside the model if not given.
         low_rank: rank and window of low-rank directions; dense ones if not given. Not for adapters.
+        optimizer: momentum or Adam, for an adapter or low-rank directions; plain SGD if not given.
     """
 
     def __init__(
@@ -131,6 +133,7 @@ class TorchEngine:
         store_bytes: int = 4_000_000_000,
         store_device: torch.device | None = None,
         low_rank: tuple[int, int] | None = None,
+        optimizer: Optimizer | None = None,
     ):
         self._model = model
         self._tokenizer = tokenizer
@@ -146,7 +149,9 @@ class TorchEngine:
         self.work = Work()
         self._lora = BatchedLoRA(model, self.space) if BatchedLoRA.fits(model, self.space) else None
         self.resumes_every = low_rank[1] if low_rank is not None else 1
-        self._low_rank = LowRank(self.space, *low_rank) if low_rank is not None else None
+        self._low_rank = LowRank(self.space, *low_rank, optimizer) if low_rank is not None else None
+        if self._low_rank is None:
+            self.space.optimizer = optimizer
         arguments = inspect.signature(self._transformer.forward).parameters
         self._is_decoder = "past_key_values" in arguments and not self._transformer.config.is_encoder_decoder
         self._accepted = {n for n in ("attention_mask", "position_ids", "use_cache") if n in arguments}
@@ -209,6 +214,16 @@ class TorchEngine:
         else:
             self.model.save_pretrained(folder, state_dict=self._folded_state())
         self.tokenizer.save_pretrained(folder)
+
+    def save_optimizer(self, folder: Path) -> None:
+        """See `Engine.save_optimizer`."""
+        if self.space.optimizer is not None:
+            save_state(self.space.optimizer.state, folder)
+
+    def load_optimizer(self, folder: Path) -> None:
+        """See `Engine.load_optimizer`."""
+        if self.space.optimizer is not None:
+            self.space.optimizer.state = load_state(folder, self.model.device)
 
     @torch.no_grad()
     def load(self, folder: Path) -> None:

@@ -26,6 +26,7 @@ from torch.nn import functional as F
 
 from mezo import philox
 from mezo.engines.torch.buffer import ProbeBuffers
+from mezo.engines.torch.optimizer import Optimizer
 from mezo.engines.torch.rounding import stochastic_round
 from mezo.engines.torch.space import CHUNK, ParameterSpace
 from mezo.estimator import Probe, Record
@@ -38,9 +39,11 @@ class LowRank:
         space: the trained parameters, without `normalize_perturbations`.
         rank: r.
         refresh_steps: steps of a window.
+        optimizer: for B and the vectors; its state starts anew with each window, because of a mean along one V only a
+            share of √(r / I) lies along the next.
     """
 
-    def __init__(self, space: ParameterSpace, rank: int, refresh_steps: int):
+    def __init__(self, space: ParameterSpace, rank: int, refresh_steps: int, optimizer: Optimizer | None = None):
         assert not space.normalize_perturbations
         self.space = space
         self.rank = rank
@@ -51,7 +54,7 @@ class LowRank:
             for name, p in space.parameters.items()
         }
         collected = {name: t.clone() for name, t in collected.items()}
-        self._collected = ParameterSpace(collected, widths=space.widths)
+        self._collected = ParameterSpace(collected, widths=space.widths, optimizer=optimizer)
         # −0 + x is x: U alone where B is kept apart.
         bases = {name: torch.full_like(t, -0.0) if t.ndim > 1 else t for name, t in collected.items()}
         self.buffers = ProbeBuffers(self._collected, bases)
@@ -99,6 +102,8 @@ class LowRank:
             else:
                 collected.copy_(parameter)
         self.buffers.changed()
+        if self._collected.optimizer is not None:
+            self._collected.optimizer.state.clear()
         self._window_seed, self._keep, self.steps = None, 1.0, 0
         self._v.clear()
         self._cast.clear()

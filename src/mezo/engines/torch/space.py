@@ -11,6 +11,7 @@ import xxhash
 from torch import Tensor
 
 from mezo import philox
+from mezo.engines.torch.optimizer import Optimizer
 from mezo.engines.torch.rounding import stochastic_round
 from mezo.estimator import Record
 
@@ -31,6 +32,7 @@ class ParameterSpace:
     parameters: Mapping[str, Tensor]
     normalize_perturbations: bool = False
     widths: Mapping[str, float] = field(default_factory=dict)
+    optimizer: Optimizer | None = None  # plain SGD if not given; else all parameters are float32
     # Norms of the last direction only: both probes of a step and its update ask for the same seed.
     _norms: dict[int, dict[str, float]] = field(default_factory=dict, repr=False, compare=False)
     _segments: philox.Segments | None = field(default=None, repr=False, compare=False)
@@ -67,6 +69,9 @@ class ParameterSpace:
         weights are rounded stochastically, so that changes far below their rounding step add up.
         """
         learning_rate = records[0].learning_rate
+        if self.optimizer is not None:
+            self._update_by(self.optimizer, records, 1.0 - learning_rate * weight_decay)
+            return
         if all(p.dtype == torch.float32 for p in self.parameters.values()):
             self._update_float32(records, 1.0 - learning_rate * weight_decay)
             return
@@ -96,6 +101,18 @@ class ParameterSpace:
             self._segments.add_normals(
                 [-factor * self.scale(name, record.seed) for name in self.parameters], record.seed
             )
+
+    def _update_by(self, optimizer: Optimizer, records: Sequence[Record], keep: float) -> None:
+        """The optimizer sees Σ coefficient · z of the step."""
+        estimates = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in self.parameters.items()}
+        tensors = list(estimates.values())
+        segments = philox.Segments(tensors, tensors, self.streams())
+        for record in records:
+            segments.add_normals([record.coefficient * self.scale(n, record.seed) for n in estimates], record.seed)
+        for name, parameter in self.parameters.items():
+            assert parameter.dtype == torch.float32, name
+            step = optimizer.step(name, estimates[name]) * records[0].learning_rate
+            parameter.detach().mul_(keep if parameter.ndim >= 2 else 1.0).sub_(step)
 
     def streams(self) -> list[int]:
         """The direction's stream of each parameter."""
