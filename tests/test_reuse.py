@@ -165,7 +165,8 @@ def test_static_pass(model_folder, name):
         assert torch.equal(static.score(examples).greedy_T, plain.score(examples).greedy_T)
 
     check()
-    assert static.work == plain.work
+    assert (static.work.asked, static.work.computed) == (plain.work.asked, plain.work.computed)
+    assert static.work.padding >= plain.work.padding  # buckets
 
 
 @pytest.mark.parametrize("store_bytes", [1_000_000_000, 30_000, 1], ids=["kept", "evicted", "none kept"])

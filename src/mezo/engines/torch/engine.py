@@ -367,6 +367,7 @@ class TorchEngine:
         positions = max(prefix.shape[3] for prefix in prefixes)
         tokens = batch.inputs["input_ids"].shape[1]
         shape = Shape.of(len(probes), len(sequences), tokens, positions, len(batch.row_Q))
+        self.work.padding += len(probes) * (len(sequences) * shape.tokens - stage.num_tokens)
         static = graphs.inputs(shape, prefixes[0])
         static.fill(prefixes, batch.inputs, batch.row_Q, batch.position_Q)
         lora.write(probes)
