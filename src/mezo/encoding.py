@@ -6,14 +6,14 @@ import logging
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from mezo.config import MeZOConfig, label_key
 from mezo.data import Row
 from mezo.errors import UserError
-from mezo.objective import Example, Target, TokenSequence, common_prefix
+from mezo.objective import Example, Question, Target, TokenSequence, common_prefix
 
 logger = logging.getLogger(__name__)
 
@@ -102,6 +102,13 @@ class _Tokens:
             raise UserError(f"{prompt + answer!r} is a single token: there is nothing to predict")
         return TokenSequence((*self.prefix, *ids), targets)
 
+    def prompt(self, text: str, num_new_tokens: int) -> tuple[int, ...]:
+        """A prompt to continue, with room for new tokens behind it. Too long: it loses its start."""
+        room = self.max_length - len(self.prefix) - num_new_tokens
+        if room < 1:
+            raise UserError(f"max_new_tokens {num_new_tokens} leaves no room for a prompt in {self.max_length} tokens")
+        return (*self.prefix, *self.ids(text)[-room:])
+
     def encoder_text(self, text: str, keep: int | None = None) -> tuple[int, ...]:
         """Special tokens around a text. Too long: cut at the end, or at the start to save token `keep`."""
         ids = self.ids(text)
@@ -123,6 +130,8 @@ def make_encoder(
     *,
     encoder_model: bool,
     labels: Sequence[str] | None = None,
+    training: bool = False,
+    demonstrations: Sequence[Row] = (),
 ) -> Encoder:
     """The encoder that the columns ask for.
 
@@ -133,12 +142,16 @@ def make_encoder(
         tokenizer: the model's.
         encoder_model: whether the model is an encoder (else a decoder).
         labels: the classes of a saved classification head, in its order.
+        training: whether the rows are trained on, which `train_as_classification` is about.
+        demonstrations: rows that stand, with their answers, before each prompt.
     """
     tokens = _Tokens(tokenizer, context_length(config, model_config, tokenizer))
     columns = set(rows[0])
     if encoder_model:
+        if demonstrations:
+            raise UserError("num_demonstrations needs a decoder; prompts of an encoder stand alone")
         return _for_encoder(columns, rows, config, tokens, labels)
-    return _for_decoder(columns, rows, config, tokens)
+    return _for_decoder(columns, rows, config, tokens, demonstrations, training)
 
 
 def context_length(config: MeZOConfig, model_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -170,9 +183,9 @@ def _for_encoder(
         raise UserError(f"template {template!r} has no {_MASK}, where an encoder reads the label word")
     if mask_id is None:
         raise UserError("the model's tokenizer has no mask token")
-    names = tuple(config.label_words)
+    names, words = tuple(config.label_words), config.label_words.values()
     space = "" if template.lstrip().startswith(_MASK) else " "
-    word_ids = [_single_token(tokens, space + word.strip()) for word in config.label_words.values()]
+    word_ids = [_single_token(tokens, word if word[:1] == " " else space + word.strip()) for word in words]
 
     def encode(row: Row) -> Example:
         text = _fill(template, row).replace(_MASK, tokens.tokenizer.mask_token)
@@ -212,58 +225,115 @@ def _classification(
 # --- decoders -------------------------------------------------------------------------------------------------------
 
 
-def _for_decoder(columns: set[str], rows: Sequence[Row], config: MeZOConfig, tokens: _Tokens) -> Encoder:
-    if config.label_words is not None:
-        return _label_words(columns, config, tokens)
+class _Asked(NamedTuple):
+    """A row as a prompt and its possible answers, white space before them included."""
+
+    prompt: str
+    answers: tuple[str, ...]
+    right: tuple[int, ...] = (0,)  # indices of right answers; the first is trained
+    end: bool = False  # the answer ends with the end-of-text token
+    texts: tuple[str, ...] = ()  # what a generated answer is compared with
+
+
+def _for_decoder(
+    columns: set[str],
+    rows: Sequence[Row],
+    config: MeZOConfig,
+    tokens: _Tokens,
+    demonstrations: Sequence[Row],
+    training: bool,
+) -> Encoder:
+    read, name, names = _reading(columns, rows, config)
+    if read is not None:
+        before = _demonstrated(read, demonstrations)
+        right_only = name in ("completion", "answer") or (training and config.train_as_classification is False)
+        if right_only and name in ("label words", "multiple choice"):
+            name = f"{name}, the right one alone"
+        return Encoder(name, "causal_lm", names, tokens, lambda row: _ask(tokens, read(row), before, config, right_only))
+    if demonstrations:
+        raise UserError("num_demonstrations needs rows with a prompt and an answer")
     if "messages" in columns:
         return _messages(tokens)
-    if {"prompt", "choices"} <= columns:
-        return _choices(columns, config, tokens)
     if {"prompt", "completion"} <= columns:
-        if rows and isinstance(rows[0]["prompt"], list):
-            return _conversations(tokens)
-        return Encoder("completion", "causal_lm", (), tokens, lambda row: _completion(tokens, row))
+        return _conversations(tokens)
     if "text" in columns and config.label_column not in columns:
         return Encoder("language modelling", "causal_lm", (), tokens, lambda row: _language_model(tokens, row))
-    wanted = "prompt and completion; messages; prompt, choices and label; text; or text and label with label_words"
+    wanted = (
+        "prompt and completion; messages; prompt, choices and label; prompt and answers; text; or text and label with "
+        "label_words"
+    )
     raise UserError(f"columns {_listed(columns)} are none of these: {wanted}")
 
 
-def _completion(tokens: _Tokens, row: Row) -> Example:
-    return Example((tokens.completion(_text(row, "prompt"), _text(row, "completion"), 0, end=True),))
+def _reading(
+    columns: set[str], rows: Sequence[Row], config: MeZOConfig
+) -> tuple[Callable[[Row], _Asked] | None, str, tuple[str, ...]]:
+    """How rows of a prompt and answers are read, the objective's name and its labels; None for other rows."""
+    if config.label_words is not None:
+        _require_columns(columns, {config.label_column})
+        template = _template(config, columns)
+        names, words = tuple(config.label_words), tuple(config.label_words.values())
+        return lambda row: _label_words(template, row, words, _option(row, config.label_column, names)), "label words", names
+    if "messages" in columns:
+        return None, "", ()
+    if {"choices", "answers"} & columns and (config.template is not None or "prompt" in columns):
+        template = config.template or "{prompt}"
+        _require_columns(columns, set(_fields(template)))
+        if "choices" in columns:
+            _require_columns(columns, {config.label_column})
+            return lambda row: _choices(template, row, config.label_column), "multiple choice", ()
+        return lambda row: _answers(template, row), "answer", ()
+    if {"prompt", "completion"} <= columns and not (rows and isinstance(rows[0]["prompt"], list)):
+        return lambda row: _Asked(_text(row, "prompt"), (_text(row, "completion"),), end=True), "completion", ()
+    return None, "", ()
+
+
+def _ask(tokens: _Tokens, asked: _Asked, before: str, config: MeZOConfig, right_only: bool) -> Example:
+    prompt = before + asked.prompt
+    if not right_only:
+        sequences = tuple(tokens.completion(prompt, answer, i) for i, answer in enumerate(asked.answers))
+        return Example(sequences, asked.right[0], asked.right[1:])
+    sequence = tokens.completion(prompt, asked.answers[asked.right[0]], 0, end=asked.end)
+    question = Question(tokens.prompt(prompt, config.max_new_tokens), asked.texts) if asked.texts else None
+    return Example((sequence,), question=question)
+
+
+def _demonstrated(read: Callable[[Row], _Asked], rows: Sequence[Row]) -> str:
+    """Rows with their right answers, empty lines between them, as the paper puts them before a prompt."""
+    asked = [read(row) for row in rows]
+    return "".join((a.prompt + a.answers[a.right[0]]).strip() + "\n\n" for a in asked)
 
 
 def _language_model(tokens: _Tokens, row: Row) -> Example:
     return Example((tokens.completion("", _text(row, "text"), 0, end=True),))
 
 
-def _label_words(columns: set[str], config: MeZOConfig, tokens: _Tokens) -> Encoder:
-    assert config.label_words is not None
-    _require_columns(columns, {config.label_column})
-    template = _template(config, columns)
-    names, words = tuple(config.label_words), tuple(config.label_words.values())
-
-    def encode(row: Row) -> Example:
-        prompt = _fill(template, row)
-        sequences = tuple(tokens.completion(prompt, _spaced(prompt, word), i) for i, word in enumerate(words))
-        return Example(sequences, _option(row, config.label_column, names))
-
-    return Encoder("label words", "causal_lm", names, tokens, encode)
+def _label_words(template: str, row: Row, words: tuple[str, ...], label: int) -> _Asked:
+    prompt = _fill(template, row)
+    return _Asked(prompt, tuple(_spaced(prompt, word) for word in words), (label,))
 
 
-def _choices(columns: set[str], config: MeZOConfig, tokens: _Tokens) -> Encoder:
-    _require_columns(columns, {config.label_column})
-
-    def encode(row: Row) -> Example:
-        prompt, choices, label = _text(row, "prompt"), row["choices"], row[config.label_column]
-        if not isinstance(choices, list) or len(choices) < 2:
-            raise UserError(f"choices must be a list of at least two texts, got {choices!r}")
-        if not isinstance(label, int) or not 0 <= label < len(choices):
+def _choices(template: str, row: Row, label_column: str) -> _Asked:
+    prompt, choices, label = _prompt(template, row), row["choices"], row[label_column]
+    if not isinstance(choices, list) or len(choices) < 2:
+        raise UserError(f"choices must be a list of at least two texts, got {choices!r}")
+    right = label if isinstance(label, list) and label else [label]
+    for index in right:
+        if not isinstance(index, int) or not 0 <= index < len(choices):
             raise UserError(f"label {label!r} is not an index into its {len(choices)} choices")
-        answers = [_spaced(prompt, str(c)) for c in choices]
-        return Example(tuple(tokens.completion(prompt, a, i) for i, a in enumerate(answers)), label)
+    return _Asked(prompt, tuple(_spaced(prompt, str(c)) for c in choices), tuple(right))
 
-    return Encoder("multiple choice", "causal_lm", (), tokens, encode)
+
+def _answers(template: str, row: Row) -> _Asked:
+    """The first answer and the end of its line are trained; a generated one is compared with all."""
+    prompt, answers = _prompt(template, row), row["answers"]
+    if not isinstance(answers, list) or not answers or not all(isinstance(a, str) for a in answers):
+        raise UserError(f"answers must be a list of texts, got {answers!r}")
+    return _Asked(prompt, (_spaced(prompt, answers[0]) + "\n",), texts=tuple(answers))
+
+
+def _prompt(template: str, row: Row) -> str:
+    return _text(row, "prompt") if template == "{prompt}" else _fill(template, row)
 
 
 def _messages(tokens: _Tokens) -> Encoder:
