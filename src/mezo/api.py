@@ -20,8 +20,8 @@ from mezo import checkpoint, journal
 from mezo.activation import activate, invocation_tokens
 from mezo.adapter import add_adapter
 from mezo.config import MeZOConfig, looks_like_wrong_rate
-from mezo.data import Row, TrainData, data_seed, load_eval_rows, load_rows, load_splits, permutation, prepared
-from mezo.encoding import Encoder, make_encoder
+from mezo.data import Row, TrainData, draw_demonstrations, load_demonstrations, load_splits, load_test_rows
+from mezo.encoding import make_encoder
 from mezo.engines.base import Engine
 from mezo.engines.torch.engine import TorchEngine, trained_parameters
 from mezo.engines.torch.layers import trainable_names
@@ -32,7 +32,7 @@ from mezo.evaluation import Metrics, evaluate
 from mezo.fingerprint import checkpoint_digest
 from mezo.header import make_header
 from mezo.objective import Example
-from mezo.tasks import Task, load_task
+from mezo.tasks import load_task
 from mezo.trainer import MeZOTrainer, TrainResult, mean_loss, reuse_entry
 
 logger = logging.getLogger(__name__)
@@ -142,16 +142,17 @@ def build_trainer(
     eval_examples: list[Example] | None = None
     if splits.evaluation is not None:
         _check_columns(splits.train, splits.evaluation)
+        eval_rows: list[Row] = list(splits.evaluation)
         eval_encoder = make_encoder(
-            list(splits.evaluation),
+            eval_rows,
             config,
             model_config,
             tokenizer,
             encoder_model=encoder_model,
             labels=encoder.labels,
-            demonstrations=_demonstrations(config, splits.train),
+            demonstrations=draw_demonstrations(config, splits.train),
         )
-        eval_examples = eval_encoder(list(splits.evaluation))
+        eval_examples = _answerable(config, eval_encoder(eval_rows))
     _check_metric(config, eval_examples)
     if config.lora_variant == "alora":
         tokens = config.alora_invocation_tokens or invocation_tokens(train_examples)
@@ -189,25 +190,21 @@ def _check_columns(train: Dataset, evaluation: Dataset) -> None:
         raise UserError(f"evaluation rows lack column {missing[0]!r}; found {', '.join(evaluation.column_names)}")
 
 
-def _demonstrations(config: MeZOConfig, train: Dataset) -> list[Row]:
-    """In-context examples, drawn from the training rows by seed."""
-    if config.num_demonstrations is None:
-        return []
-    if config.num_demonstrations > len(train):
-        raise UserError(f"num_demonstrations is {config.num_demonstrations}, but there are {len(train)} training rows")
-    order = permutation(len(train), data_seed(config))
-    return list(train.select(order[: config.num_demonstrations]))
+def _answerable(config: MeZOConfig, examples: list[Example]) -> list[Example]:
+    """The examples without their questions where nothing can generate answers."""
+    cannot = {"engine sglang": config.engine == "sglang", "lora_variant alora": config.lora_variant == "alora"}
+    reason = next((name for name, applies in cannot.items() if applies), None)
+    if reason is None or all(e.question is None for e in examples):
+        return examples
+    logger.warning("%s generates no answers: evaluation gives loss and accuracy of tokens, no f1", reason)
+    return [dataclasses.replace(e, question=None) for e in examples]
 
 
 def _check_metric(config: MeZOConfig, examples: Sequence[Example] | None) -> None:
     """Fails before the training, not at its first evaluation."""
-    generated = any(e.question is not None for e in examples or ())
-    if config.metric_for_best_model in ("f1", "exact_match") and not generated:
-        raise UserError(
-            f"metric_for_best_model {config.metric_for_best_model} needs evaluation rows with a prompt and answers"
-        )
-    if generated and config.engine == "sglang":
-        raise UserError("engine sglang does not generate answers; leave out evaluation rows and use mezo eval")
+    metric = config.metric_for_best_model
+    if metric in ("f1", "exact_match") and all(e.question is None for e in examples or ()):
+        raise UserError(f"metric_for_best_model {metric} needs evaluation rows with answers to generate")
 
 
 def make_engine(
@@ -364,17 +361,17 @@ def eval_model(config: MeZOConfig, adapter: str | Path | None = None, dataset: T
     if task is not None:
         own_rows = dataset is not None or config.eval_dataset_name is not None
         config = task.fill_in(config, encoder_model=encoder_model, test_split=not own_rows)
-    rows = _evaluation_rows(config, dataset, task)
+    rows: list[Row] = list(load_test_rows(config, dataset, task))
     encoder = make_encoder(
-        list(rows),
+        rows,
         config,
         model_config,
         tokenizer,
         encoder_model=encoder_model,
         labels=labels,
-        demonstrations=_demonstrations(config, _training_rows(config, dataset, task)) if config.num_demonstrations else (),
+        demonstrations=load_demonstrations(config, dataset, task),
     )
-    examples = encoder(list(rows))
+    examples = encoder(rows)
     model: PreTrainedModel | PeftModel = load_model(config, encoder.kind, encoder.labels).model
     if adapter is not None:
         model = load_adapter(model, adapter)
@@ -382,29 +379,6 @@ def eval_model(config: MeZOConfig, adapter: str | Path | None = None, dataset: T
         if tokens:
             examples = activate(examples, tokens)
     return evaluate(make_engine(config, model, tokenizer), examples, config.max_new_tokens)
-
-
-def _evaluation_rows(config: MeZOConfig, dataset: TrainData | None, task: Task | None) -> Dataset:
-    rows = load_eval_rows(config, dataset)
-    if rows is None:
-        if config.dataset_name is None:
-            raise UserError("dataset_name is missing: a file, a folder or a Hub name; or a task")
-        rows = load_rows(config.dataset_name, config.dataset_config, "validation", "test", "train")
-    rows = prepared(rows, config, task)
-    if config.max_eval_samples is not None:
-        rows = rows.select(range(min(len(rows), config.max_eval_samples)))
-    return rows
-
-
-def _training_rows(config: MeZOConfig, dataset: TrainData | None, task: Task | None) -> Dataset:
-    """The rows that in-context examples are drawn from; none of them may be evaluated."""
-    source = config.dataset_name
-    if source is None:
-        raise UserError("num_demonstrations needs training rows: dataset_name is missing")
-    evaluated_elsewhere = dataset is not None or config.eval_dataset_name not in (None, source)
-    if Path(source).is_file() and not evaluated_elsewhere:
-        raise UserError(f"num_demonstrations: {source} is evaluated as well; name the rows to evaluate as eval_dataset_name")
-    return prepared(load_rows(source, config.dataset_config, config.dataset_train_split), config, task)
 
 
 def _filled_in(config: MeZOConfig, recorded: MeZOConfig) -> MeZOConfig:

@@ -17,10 +17,10 @@ from datasets.exceptions import DatasetsError
 from mezo.config import MeZOConfig, label_key
 from mezo.errors import UserError
 from mezo.tasks import Task
-from mezo.tasks.rows import Row as Row
 
 logger = logging.getLogger(__name__)
 
+Row = dict[str, object]
 TrainData: TypeAlias = "str | Path | Sequence[Row] | Dataset | DatasetDict"
 
 _BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
@@ -82,6 +82,45 @@ def load_eval_rows(
         assert whole is not None
         return load_rows(whole, config.dataset_config, config.dataset_test_split)
     return None
+
+
+def load_test_rows(config: MeZOConfig, dataset: TrainData | None, task: Task | None) -> Dataset:
+    """The rows that `mezo eval` evaluates: those that the config names, the first of them with `max_eval_samples`."""
+    rows = load_eval_rows(config, dataset)
+    if rows is None:
+        if config.dataset_name is None:
+            raise UserError("dataset_name is missing: a file, a folder or a Hub name; or a task")
+        rows = load_rows(config.dataset_name, config.dataset_config, "validation", "test", "train")
+    rows = prepared(rows, config, task)
+    if config.max_eval_samples is not None:
+        rows = rows.select(range(min(len(rows), config.max_eval_samples)))
+    return rows
+
+
+def load_demonstrations(config: MeZOConfig, dataset: TrainData | None, task: Task | None) -> list[Row]:
+    """In-context examples for `mezo eval`, from rows of which none are evaluated."""
+    if config.num_demonstrations is None:
+        return []
+    source = config.dataset_name
+    if source is None:
+        raise UserError("num_demonstrations needs training rows: dataset_name is missing")
+    evaluated_elsewhere = dataset is not None or config.eval_dataset_name not in (None, source)
+    if Path(source).is_file() and not evaluated_elsewhere:
+        raise UserError(
+            f"num_demonstrations: {source} is evaluated as well; name the rows to evaluate as eval_dataset_name"
+        )
+    rows = load_rows(source, config.dataset_config, config.dataset_train_split)
+    return draw_demonstrations(config, prepared(rows, config, task))
+
+
+def draw_demonstrations(config: MeZOConfig, train: Dataset) -> list[Row]:
+    """In-context examples, drawn from the training rows by seed."""
+    if config.num_demonstrations is None:
+        return []
+    if config.num_demonstrations > len(train):
+        raise UserError(f"num_demonstrations is {config.num_demonstrations}, but there are {len(train)} training rows")
+    order = permutation(len(train), data_seed(config))
+    return list(train.select(order[: config.num_demonstrations]))
 
 
 def load_rows(source: TrainData, dataset_config: str | None, *splits: str) -> Dataset:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
@@ -14,6 +13,20 @@ from mezo.config import MeZOConfig, label_key
 from mezo.data import Row
 from mezo.errors import UserError
 from mezo.objective import Example, Question, Target, TokenSequence, common_prefix
+from mezo.prompts import (
+    Reading,
+    default_text,
+    demonstrated,
+    fill,
+    label_order,
+    listed,
+    option_of,
+    reading,
+    require_columns,
+    required_template,
+    text_of,
+)
+from mezo.tasks import template_columns
 
 logger = logging.getLogger(__name__)
 
@@ -176,8 +189,8 @@ def _for_encoder(
 ) -> Encoder:
     if config.label_words is None:
         return _classification(columns, rows, config, tokens, labels)
-    _require_columns(columns, {config.label_column})
-    template = _template(config, columns)
+    require_columns(columns, {config.label_column})
+    template = required_template(config, columns)
     mask_id = tokens.tokenizer.mask_token_id
     if _MASK not in template:
         raise UserError(f"template {template!r} has no {_MASK}, where an encoder reads the label word")
@@ -188,13 +201,13 @@ def _for_encoder(
     word_ids = [_single_token(tokens, word if word[:1] == " " else space + word.strip()) for word in words]
 
     def encode(row: Row) -> Example:
-        text = _fill(template, row).replace(_MASK, tokens.tokenizer.mask_token)
+        text = fill(template, row).replace(_MASK, tokens.tokenizer.mask_token)
         ids = tokens.encoder_text(text, keep=mask_id)
         if ids.count(mask_id) != 1:
             raise UserError(f"the prompt has {ids.count(mask_id)} mask tokens, one is needed")
         position = ids.index(mask_id)
         targets = tuple(Target(position, word_id, option) for option, word_id in enumerate(word_ids))
-        return Example((TokenSequence(ids, targets),), _option(row, config.label_column, names))
+        return Example((TokenSequence(ids, targets),), option_of(row, config.label_column, names))
 
     return Encoder("masked label word", "masked_lm", names, tokens, encode)
 
@@ -202,37 +215,27 @@ def _for_encoder(
 def _classification(
     columns: set[str], rows: Sequence[Row], config: MeZOConfig, tokens: _Tokens, labels: Sequence[str] | None
 ) -> Encoder:
-    _require_columns(columns, {config.label_column})
-    template = config.template or _default_text(columns)
+    require_columns(columns, {config.label_column})
+    template = config.template or default_text(columns)
     if _MASK in template:
         raise UserError(f"template has {_MASK}, but label_words are missing")
-    _require_columns(columns, set(_fields(template)))
+    require_columns(columns, set(template_columns(template)))
     found = {label_key(row[config.label_column]) for row in rows if row[config.label_column] is not None}
-    names = tuple(labels) if labels is not None else tuple(sorted(found, key=_label_order))
+    names = tuple(labels) if labels is not None else tuple(sorted(found, key=label_order))
     if len(names) < 2:
         raise UserError(
             f"column {config.label_column!r} holds a single label, {names[0]!r}: there is nothing to classify"
         )
 
     def encode(row: Row) -> Example:
-        ids = tokens.encoder_text(_fill(template, row))
+        ids = tokens.encoder_text(fill(template, row))
         targets = tuple(Target(0, option, option) for option in range(len(names)))
-        return Example((TokenSequence(ids, targets),), _option(row, config.label_column, names))
+        return Example((TokenSequence(ids, targets),), option_of(row, config.label_column, names))
 
     return Encoder("classification head", "sequence_classification", names, tokens, encode)
 
 
 # --- decoders -------------------------------------------------------------------------------------------------------
-
-
-class _Asked(NamedTuple):
-    """A row as a prompt and its possible answers, white space before them included."""
-
-    prompt: str
-    answers: tuple[str, ...]
-    right: tuple[int, ...] = (0,)  # indices of right answers; the first is trained
-    end: bool = False  # the answer ends with the end-of-text token
-    texts: tuple[str, ...] = ()  # what a generated answer is compared with
 
 
 def _for_decoder(
@@ -243,13 +246,9 @@ def _for_decoder(
     demonstrations: Sequence[Row],
     training: bool,
 ) -> Encoder:
-    read, name, names = _reading(columns, rows, config)
-    if read is not None:
-        before = _demonstrated(read, demonstrations)
-        right_only = name in ("completion", "answer") or (training and config.train_as_classification is False)
-        if right_only and name in ("label words", "multiple choice"):
-            name = f"{name}, the right one alone"
-        return Encoder(name, "causal_lm", names, tokens, lambda row: _ask(tokens, read(row), before, config, right_only))
+    found = reading(columns, rows, config)
+    if found is not None:
+        return _prompted(found, config, tokens, demonstrations, training)
     if demonstrations:
         raise UserError("num_demonstrations needs rows with a prompt and an answer")
     if "messages" in columns:
@@ -262,78 +261,34 @@ def _for_decoder(
         "prompt and completion; messages; prompt, choices and label; prompt and answers; text; or text and label with "
         "label_words"
     )
-    raise UserError(f"columns {_listed(columns)} are none of these: {wanted}")
+    raise UserError(f"columns {listed(columns)} are none of these: {wanted}")
 
 
-def _reading(
-    columns: set[str], rows: Sequence[Row], config: MeZOConfig
-) -> tuple[Callable[[Row], _Asked] | None, str, tuple[str, ...]]:
-    """How rows of a prompt and answers are read, the objective's name and its labels; None for other rows."""
-    if config.label_words is not None:
-        _require_columns(columns, {config.label_column})
-        template = _template(config, columns)
-        names, words = tuple(config.label_words), tuple(config.label_words.values())
-        return lambda row: _label_words(template, row, words, _option(row, config.label_column, names)), "label words", names
-    if "messages" in columns:
-        return None, "", ()
-    if {"choices", "answers"} & columns and (config.template is not None or "prompt" in columns):
-        template = config.template or "{prompt}"
-        _require_columns(columns, set(_fields(template)))
-        if "choices" in columns:
-            _require_columns(columns, {config.label_column})
-            return lambda row: _choices(template, row, config.label_column), "multiple choice", ()
-        return lambda row: _answers(template, row), "answer", ()
-    if {"prompt", "completion"} <= columns and not (rows and isinstance(rows[0]["prompt"], list)):
-        return lambda row: _Asked(_text(row, "prompt"), (_text(row, "completion"),), end=True), "completion", ()
-    return None, "", ()
+def _prompted(
+    found: Reading, config: MeZOConfig, tokens: _Tokens, demonstrations: Sequence[Row], training: bool
+) -> Encoder:
+    """Prompts with answers: all options, or the right one's tokens alone."""
+    before = demonstrated(found.read, demonstrations)
+    options = found.objective in ("label words", "multiple choice")
+    right_alone = options and training and config.train_as_classification is False
 
+    def encode(row: Row) -> Example:
+        asked = found.read(row)
+        prompt = before + asked.prompt
+        if options and not right_alone:
+            sequences = tuple(tokens.completion(prompt, answer, i) for i, answer in enumerate(asked.answers))
+            return Example(sequences, asked.right[0], asked.right[1:])
+        sequence = tokens.completion(prompt, asked.answers[asked.right[0]], 0, end=asked.end)
+        generated = asked.texts and not training
+        question = Question(tokens.prompt(prompt, config.max_new_tokens), asked.texts) if generated else None
+        return Example((sequence,), question=question)
 
-def _ask(tokens: _Tokens, asked: _Asked, before: str, config: MeZOConfig, right_only: bool) -> Example:
-    prompt = before + asked.prompt
-    if not right_only:
-        sequences = tuple(tokens.completion(prompt, answer, i) for i, answer in enumerate(asked.answers))
-        return Example(sequences, asked.right[0], asked.right[1:])
-    sequence = tokens.completion(prompt, asked.answers[asked.right[0]], 0, end=asked.end)
-    question = Question(tokens.prompt(prompt, config.max_new_tokens), asked.texts) if asked.texts else None
-    return Example((sequence,), question=question)
-
-
-def _demonstrated(read: Callable[[Row], _Asked], rows: Sequence[Row]) -> str:
-    """Rows with their right answers, empty lines between them, as the paper puts them before a prompt."""
-    asked = [read(row) for row in rows]
-    return "".join((a.prompt + a.answers[a.right[0]]).strip() + "\n\n" for a in asked)
+    name = f"{found.objective}, the right one alone" if right_alone else found.objective
+    return Encoder(name, "causal_lm", found.labels, tokens, encode)
 
 
 def _language_model(tokens: _Tokens, row: Row) -> Example:
-    return Example((tokens.completion("", _text(row, "text"), 0, end=True),))
-
-
-def _label_words(template: str, row: Row, words: tuple[str, ...], label: int) -> _Asked:
-    prompt = _fill(template, row)
-    return _Asked(prompt, tuple(_spaced(prompt, word) for word in words), (label,))
-
-
-def _choices(template: str, row: Row, label_column: str) -> _Asked:
-    prompt, choices, label = _prompt(template, row), row["choices"], row[label_column]
-    if not isinstance(choices, list) or len(choices) < 2:
-        raise UserError(f"choices must be a list of at least two texts, got {choices!r}")
-    right = label if isinstance(label, list) and label else [label]
-    for index in right:
-        if not isinstance(index, int) or not 0 <= index < len(choices):
-            raise UserError(f"label {label!r} is not an index into its {len(choices)} choices")
-    return _Asked(prompt, tuple(_spaced(prompt, str(c)) for c in choices), tuple(right))
-
-
-def _answers(template: str, row: Row) -> _Asked:
-    """The first answer and the end of its line are trained; a generated one is compared with all."""
-    prompt, answers = _prompt(template, row), row["answers"]
-    if not isinstance(answers, list) or not answers or not all(isinstance(a, str) for a in answers):
-        raise UserError(f"answers must be a list of texts, got {answers!r}")
-    return _Asked(prompt, (_spaced(prompt, answers[0]) + "\n",), texts=tuple(answers))
-
-
-def _prompt(template: str, row: Row) -> str:
-    return _text(row, "prompt") if template == "{prompt}" else _fill(template, row)
+    return Example((tokens.completion("", text_of(row, "text"), 0, end=True),))
 
 
 def _messages(tokens: _Tokens) -> Encoder:
@@ -368,76 +323,6 @@ def _chat(tokens: _Tokens, prompt: list[Row], whole: list[Row]) -> Example:
     if not text.startswith(before):
         raise UserError("the chat template does not continue its own generation prompt")
     return Example((tokens.completion(before, text[len(before) :], 0),))
-
-
-# --- rows and templates ---------------------------------------------------------------------------------------------
-
-
-def _value(row: Row, column: str) -> object:
-    value = row.get(column)
-    if value is None:
-        raise UserError(f"column {column!r} has no value")
-    return value
-
-
-def _text(row: Row, column: str) -> str:
-    value = _value(row, column)
-    if not isinstance(value, str):
-        raise UserError(f"column {column!r} holds {value!r}, a text is needed")
-    return value
-
-
-def _spaced(prompt: str, answer: str) -> str:
-    """The answer with a space before it, unless prompt or answer bring white space."""
-    return answer if not prompt or prompt[-1].isspace() or answer[:1].isspace() else " " + answer
-
-
-def _fields(template: str) -> list[str]:
-    return re.findall(r"\{(\w+)\}", template)
-
-
-def _fill(template: str, row: Row) -> str:
-    return re.sub(r"\{(\w+)\}", lambda m: str(_value(row, m.group(1))), template)
-
-
-def _template(config: MeZOConfig, columns: set[str]) -> str:
-    if config.template is None:
-        raise UserError(
-            "label_words need a template, '{text} It was [MASK].' for an encoder or '{text}\\nSentiment:' for a decoder"
-        )
-    if not _fields(config.template):
-        raise UserError(f"template {config.template!r} names no column in braces; columns are {_listed(columns)}")
-    _require_columns(columns, set(_fields(config.template)))
-    return config.template
-
-
-def _default_text(columns: set[str]) -> str:
-    for fields in (("text",), ("sentence",), ("premise", "hypothesis"), ("sentence1", "sentence2")):
-        if columns.issuperset(fields):
-            return " ".join(f"{{{f}}}" for f in fields)
-    raise UserError(f"column 'text' is missing; found {_listed(columns)}")
-
-
-def _require_columns(columns: set[str], needed: set[str]) -> None:
-    missing = sorted(needed - columns)
-    if missing:
-        raise UserError(f"column {missing[0]!r} is missing; found {_listed(columns)}")
-
-
-def _listed(columns: set[str]) -> str:
-    return ", ".join(sorted(columns)) or "none"
-
-
-def _option(row: Row, column: str, names: tuple[str, ...]) -> int:
-    key = label_key(_value(row, column))
-    if key not in names:
-        raise UserError(f"label {key!r} is not among the labels {', '.join(names)}")
-    return names.index(key)
-
-
-def _label_order(name: str) -> tuple[bool, int, str]:
-    """Numbers by value, before words by alphabet."""
-    return (False, int(name), "") if name.lstrip("-").isdigit() else (True, 0, name)
 
 
 def _single_token(tokens: _Tokens, word: str) -> int:

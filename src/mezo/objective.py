@@ -128,4 +128,7 @@ def correct(examples: Sequence[Example], scores: TargetScores) -> Tensor:
         greedy = scores.greedy_T.double().split([e.weight for e in examples])
         return torch.stack([g.mean() for g in greedy])
     predicted_N = option_scores(examples, scores.logprobs_T).argmax(dim=1).tolist()
-    return torch.tensor([float(p == e.label or p in e.also_right) for p, e in zip(predicted_N, examples, strict=True)], dtype=torch.float64)
+    return torch.tensor(
+        [float(p == e.label or p in e.also_right) for p, e in zip(predicted_N, examples, strict=True)],
+        dtype=torch.float64,
+    )

@@ -1,4 +1,4 @@
-"""Tasks of the paper by name: data set, template, label words. One YAML file each; docs/tasks.md says how to add one."""
+"""Tasks of the paper by name: data set, template, label words. One YAML file each; see docs/tasks.md."""
 
 from __future__ import annotations
 
@@ -78,7 +78,10 @@ class Task:
         else:  # by name or by number, as the data
             values |= {"label_words": {self._label(label): word for label, word in config.label_words.items()}}
         if config.dataset_name is None:
-            values |= {"dataset_name": self.dataset_name, "dataset_config": config.dataset_config or self.dataset_config}
+            values |= {
+                "dataset_name": self.dataset_name,
+                "dataset_config": config.dataset_config or self.dataset_config,
+            }
         if config.dataset_train_split == MeZOConfig.dataset_train_split:
             values |= {"dataset_train_split": self.dataset_train_split}
         if test_split and config.dataset_test_split is None:
@@ -181,7 +184,9 @@ def _task(name: str, values: Mapping[object, object]) -> Task:
             raise UserError(unknown_key_message(str(key), names))
         for text in _texts(value) if str(key).endswith(("label_words", "label_names")) else ():
             if not isinstance(text, str):
-                raise UserError(f"{key}: put {text!r} in quotes; YAML reads Yes and No as true and false, digits as numbers")
+                raise UserError(
+                    f"{key}: put {text!r} in quotes; YAML reads Yes and No as true and false, digits as numbers"
+                )
         found[str(key)] = _columns(value) if key == "columns" else coerced(str(key), value, hints[str(key)])
     if found.get("rows") not in (None, *FUNCTIONS):
         raise UserError(f"rows must be one of {', '.join(FUNCTIONS)}, got {found['rows']!r}")

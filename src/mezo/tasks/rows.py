@@ -97,7 +97,7 @@ def record(row: Row) -> list[Row]:
         queries = [(q["query"], [a["text"] for a in q.get("answers", [])]) for q in column(row, "qas")]
     else:
         text, entities = passage, column(row, "entities")
-        queries = [(column(row, "query"), row.get("answers") or [])]
+        queries = [(column(row, "query"), column(row, "answers"))]
     names = list(dict.fromkeys(entities))
     found = []
     for query, answers in queries:

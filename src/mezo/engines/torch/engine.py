@@ -190,7 +190,12 @@ class TorchEngine:
     def generate(self, prompts: Sequence[tuple[int, ...]], max_new_tokens: int, stop: str) -> list[str]:
         """See `Engine.generate`."""
         return generate(
-            self.model, self.tokenizer, prompts, batch_size=self.eval_batch_size, max_new_tokens=max_new_tokens, stop=stop
+            self.model,
+            self.tokenizer,
+            prompts,
+            batch_size=self.eval_batch_size,
+            max_new_tokens=max_new_tokens,
+            stop=stop,
         )
 
     def update(self, records: Sequence[Record]) -> None:
