@@ -20,8 +20,8 @@ from mezo import checkpoint, journal
 from mezo.activation import activate, invocation_tokens
 from mezo.adapter import add_adapter
 from mezo.config import MeZOConfig, looks_like_wrong_rate
-from mezo.data import Row, TrainData, load_eval_rows, load_rows, load_splits
-from mezo.encoding import Encoder, make_encoder
+from mezo.data import Row, TrainData, draw_demonstrations, load_demonstrations, load_splits, load_test_rows
+from mezo.encoding import make_encoder
 from mezo.engines.base import Engine
 from mezo.engines.torch.engine import TorchEngine, trained_parameters
 from mezo.engines.torch.layers import trainable_names
@@ -32,6 +32,7 @@ from mezo.evaluation import Metrics, evaluate
 from mezo.fingerprint import checkpoint_digest
 from mezo.header import make_header
 from mezo.objective import Example
+from mezo.tasks import load_task
 from mezo.trainer import MeZOTrainer, TrainResult, make_estimator, mean_loss, reuse_entry
 
 logger = logging.getLogger(__name__)
@@ -39,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 def mezo_finetune(
     model_path: str,
-    train_dataset: TrainData,
+    train_dataset: TrainData | None = None,
     learning_rate: float = 1e-6,
     batch_size: int = 64,
     num_steps: int = 10_000,
@@ -58,7 +59,7 @@ def mezo_finetune(
 
     Args:
         model_path: folder or Hub name of a decoder language model or an encoder.
-        train_dataset: file, Hub name, list of rows or `datasets.Dataset`.
+        train_dataset: file, Hub name, list of rows or `datasets.Dataset`; not needed with `task`.
         learning_rate: constant learning rate of SGD.
         batch_size: examples per step.
         num_steps: steps; each is two forward passes.
@@ -71,7 +72,7 @@ def mezo_finetune(
         seed: of directions, data order, splits and fresh parameters.
         eval_dataset: rows to evaluate on, as `train_dataset`.
         callbacks: `transformers.TrainerCallback`s.
-        options: further fields of `MeZOConfig`: template, label_words, eval_steps, …
+        options: further fields of `MeZOConfig`: task, template, label_words, eval_steps, …
 
     Raises:
         UserError: options or data that cannot work.
@@ -129,11 +130,30 @@ def build_trainer(
         warnings.warn(warning, stacklevel=2)
     model_config = load_model_config(config)
     tokenizer = load_tokenizer(config)
-    splits = load_splits(config, train_dataset, eval_dataset)
+    encoder_model = is_encoder(model_config)
+    task = load_task(config.task) if config.task is not None else None
+    if task is not None:
+        test_split = _has_test_split(config, train_dataset, eval_dataset)
+        config = task.fill_in(config, encoder_model=encoder_model, test_split=test_split)
+    splits = load_splits(config, train_dataset, eval_dataset, task)
     train_rows: list[Row] = list(splits.train)
-    encoder = make_encoder(train_rows, config, model_config, tokenizer, encoder_model=is_encoder(model_config))
+    encoder = make_encoder(train_rows, config, model_config, tokenizer, encoder_model=encoder_model, training=True)
     train_examples = encoder(train_rows)
-    eval_examples = _encode_evaluation(encoder, splits.train, splits.evaluation)
+    eval_examples: list[Example] | None = None
+    if splits.evaluation is not None:
+        _check_columns(splits.train, splits.evaluation)
+        eval_rows: list[Row] = list(splits.evaluation)
+        eval_encoder = make_encoder(
+            eval_rows,
+            config,
+            model_config,
+            tokenizer,
+            encoder_model=encoder_model,
+            labels=encoder.labels,
+            demonstrations=draw_demonstrations(config, splits.train),
+        )
+        eval_examples = _answerable(config, eval_encoder(eval_rows))
+    _check_metric(config, eval_examples)
     if config.lora_variant == "alora":
         tokens = config.alora_invocation_tokens or invocation_tokens(train_examples)
         config = dataclasses.replace(config, alora_invocation_tokens=tokens)
@@ -155,13 +175,36 @@ def build_trainer(
     return MeZOTrainer(config, engine, train_examples, eval_examples, header, callbacks)
 
 
-def _encode_evaluation(encoder: Encoder, train: Dataset, evaluation: Dataset | None) -> list[Example] | None:
-    if evaluation is None:
-        return None
+def _has_test_split(config: MeZOConfig, train: TrainData | None, evaluation: TrainData | None) -> bool:
+    """Whether a task's test split is evaluated during training: not if other rows are, nor in a single file."""
+    if config.num_shots is not None or config.validation_size or config.eval_dataset_name is not None:
+        return False
+    source = train if train is not None else config.dataset_name
+    in_splits = source is None or (isinstance(source, (str, Path)) and not Path(source).is_file())
+    return evaluation is None and in_splits
+
+
+def _check_columns(train: Dataset, evaluation: Dataset) -> None:
     missing = sorted(set(train.column_names) - set(evaluation.column_names))
     if missing:
         raise UserError(f"evaluation rows lack column {missing[0]!r}; found {', '.join(evaluation.column_names)}")
-    return encoder(list(evaluation))
+
+
+def _answerable(config: MeZOConfig, examples: list[Example]) -> list[Example]:
+    """The examples without their questions where nothing can generate answers."""
+    cannot = {"engine sglang": config.engine == "sglang", "lora_variant alora": config.lora_variant == "alora"}
+    reason = next((name for name, applies in cannot.items() if applies), None)
+    if reason is None or all(e.question is None for e in examples):
+        return examples
+    logger.warning("%s generates no answers: evaluation gives loss and accuracy of tokens, no f1", reason)
+    return [dataclasses.replace(e, question=None) for e in examples]
+
+
+def _check_metric(config: MeZOConfig, examples: Sequence[Example] | None) -> None:
+    """Fails before the training, not at its first evaluation."""
+    metric = config.metric_for_best_model
+    if metric in ("f1", "exact_match") and all(e.question is None for e in examples or ()):
+        raise UserError(f"metric_for_best_model {metric} needs evaluation rows with answers to generate")
 
 
 def make_engine(
@@ -325,8 +368,8 @@ def _final_step(run: Path, config: MeZOConfig, num_steps: int) -> int:
 def eval_model(config: MeZOConfig, adapter: str | Path | None = None, dataset: TrainData | None = None) -> Metrics:
     """Evaluates a model, or a model with an adapter, on the rows that the config names.
 
-    What the config leaves open (template, label words, label column, length) is taken from the journal beside the
-    adapter or the model, if there is one.
+    What the config leaves open (task, template, label words, label column, length) is taken from the journal beside the
+    adapter or the model, if there is one; what is open then, from the task.
     """
     journal_path = Path(adapter or config.model_name_or_path) / checkpoint.JOURNAL_NAME
     labels: Sequence[str] | None = None
@@ -338,27 +381,33 @@ def eval_model(config: MeZOConfig, adapter: str | Path | None = None, dataset: T
     if labels is None and any("ForSequenceClassification" in a for a in model_config.architectures or ()):
         labels = [model_config.id2label[i] for i in range(model_config.num_labels)]
     tokenizer = load_tokenizer(config)
-    rows = load_eval_rows(config, dataset)
-    if rows is None:
-        assert config.dataset_name is not None
-        rows = load_rows(config.dataset_name, config.dataset_config, "validation", "test", "train")
-    if config.max_eval_samples is not None:
-        rows = rows.select(range(min(len(rows), config.max_eval_samples)))
+    encoder_model = is_encoder(model_config)
+    task = load_task(config.task) if config.task is not None else None
+    if task is not None:
+        own_rows = dataset is not None or config.eval_dataset_name is not None
+        config = task.fill_in(config, encoder_model=encoder_model, test_split=not own_rows)
+    rows: list[Row] = list(load_test_rows(config, dataset, task))
     encoder = make_encoder(
-        list(rows), config, model_config, tokenizer, encoder_model=is_encoder(model_config), labels=labels
+        rows,
+        config,
+        model_config,
+        tokenizer,
+        encoder_model=encoder_model,
+        labels=labels,
+        demonstrations=load_demonstrations(config, dataset, task),
     )
-    examples = encoder(list(rows))
+    examples = encoder(rows)
     model: PreTrainedModel | PeftModel = load_model(config, encoder.kind, encoder.labels).model
     if adapter is not None:
         model = load_adapter(model, adapter)
         tokens = getattr(model.peft_config["default"], "alora_invocation_tokens", None)
         if tokens:
             examples = activate(examples, tokens)
-    return evaluate(make_engine(config, model, tokenizer), examples)
+    return evaluate(make_engine(config, model, tokenizer), examples, config.max_new_tokens)
 
 
 def _filled_in(config: MeZOConfig, recorded: MeZOConfig) -> MeZOConfig:
-    fields = ("template", "label_words", "max_length")
+    fields = ("task", "template", "label_words", "max_length", "train_as_classification")
     values = {name: getattr(recorded, name) for name in fields if getattr(config, name) is None}
     if config.label_column == MeZOConfig.label_column:
         values["label_column"] = recorded.label_column

@@ -40,7 +40,7 @@ def training_arguments(config: MeZOConfig) -> TrainingArguments:
         save_steps=config.save_steps,
         save_total_limit=config.save_total_limit,
         metric_for_best_model=config.metric_for_best_model,
-        greater_is_better=config.metric_for_best_model == "accuracy",
+        greater_is_better=config.metric_for_best_model != "loss",
         seed=config.seed,
         data_seed=config.data_seed,
         report_to=config.report_to,

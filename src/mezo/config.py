@@ -43,6 +43,12 @@ class MeZOConfig:
         max_memory_gb: GPU memory that this process may take, in GB. Passes that do not fit, into this or into the GPU,
             are cut in halves; the losses stay the same.
         use_cpu: Stay on the CPU even if there is a GPU.
+        task: Task of the paper by name (sst2, sst5, snli, mnli, rte, trec, cb, boolq, wsc, wic, multirc, copa, record,
+            squad, drop) or a YAML file: gives data set, splits, template, label words and the form of the rows where
+            they are not given.
+        num_shots: Train on that many rows per label, drawn by seed, and evaluate on as many others of the training
+            split (k-shot, as in LM-BFF).
+        num_demonstrations: In-context examples before each prompt at evaluation: training rows, drawn by seed.
         dataset_name: jsonl, json, csv or parquet file, folder of such files, or Hub name.
         dataset_config: Configuration of the data set on the Hub (`sst2` of `glue`, say).
         dataset_train_split: Split to train on.
@@ -54,7 +60,10 @@ class MeZOConfig:
         template: Prompt with the row's columns in braces, `{text} It was [MASK].`; [MASK] stands for the mask token.
         label_words: Word for each label, `{"0": "terrible", "1": "great"}`.
         label_column: Column that holds the label.
+        train_as_classification: On a decoder, train the cross-entropy over the options; off: the cross-entropy of the
+            right option's tokens alone (teacher forcing). On, if the task does not say otherwise.
         max_length: Longest input in tokens; the model's context if not given.
+        max_new_tokens: Longest generated answer in tokens, where answers are generated.
         use_peft: Train an adapter instead of all parameters.
         peft_type: Kind of adapter: lora or prefix_tuning.
         lora_r: Rank of LoRA.
@@ -108,7 +117,8 @@ class MeZOConfig:
         save_steps: Steps between two checkpoints.
         save_total_limit: Checkpoints to keep; the best one is always kept.
         load_best_model_at_end: Make the best checkpoint the final result.
-        metric_for_best_model: Evaluation metric that decides which checkpoint is the best: loss or accuracy.
+        metric_for_best_model: Evaluation metric that decides which checkpoint is the best: loss, accuracy, f1 or
+            exact_match.
         resume_from_checkpoint: Go on with the run in output_dir, if there is one, where its journal ends.
         report_to: Trackers as in transformers: none, tensorboard, wandb, trackio, …
         run_name: Name of the run for the trackers.
@@ -135,6 +145,9 @@ class MeZOConfig:
     kv_cache_gb: float = 4.0
     kv_cache_device: Literal["model", "cpu"] = "model"
 
+    task: str | None = None
+    num_shots: int | None = None
+    num_demonstrations: int | None = None
     dataset_name: str | None = None
     dataset_config: str | None = None
     dataset_train_split: str = "train"
@@ -146,7 +159,9 @@ class MeZOConfig:
     template: str | None = None
     label_words: dict[str, str] | None = None
     label_column: str = "label"
+    train_as_classification: bool | None = None
     max_length: int | None = None
+    max_new_tokens: int = 50
 
     use_peft: bool = False
     peft_type: Literal["lora", "prefix_tuning"] = "lora"
@@ -193,7 +208,7 @@ class MeZOConfig:
     save_steps: int = 500
     save_total_limit: int | None = 2
     load_best_model_at_end: bool = False
-    metric_for_best_model: Literal["loss", "accuracy"] = "loss"
+    metric_for_best_model: Literal["loss", "accuracy", "f1", "exact_match"] = "loss"
     resume_from_checkpoint: bool = False
     report_to: str = "none"
     run_name: str | None = None
@@ -231,6 +246,10 @@ class MeZOConfig:
     def _combinations(self) -> Iterator[tuple[bool, str]]:
         """What does not go together."""
         low_rank, lora = self.direction == "low_rank", self.use_peft and self.peft_type == "lora"
+        yield (
+            self.num_shots is not None and self.validation_size != 0,
+            "num_shots draws rows to evaluate on by itself; leave out validation_size",
+        )
         yield self.lora_variant == "alora" and not lora, "lora_variant alora needs use_peft with peft_type lora"
         yield self.alora_invocation_tokens == [], "alora_invocation_tokens is empty"
         yield (
@@ -317,8 +336,8 @@ _POSITIVE = (
 _COUNTS = (
     "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "per_device_eval_batch_size",
     "lora_r", "num_virtual_tokens", "logging_steps", "eval_steps", "save_steps", "save_total_limit", "max_length",
-    "max_train_samples", "max_eval_samples", "sglang_tp_size", "direction_rank",
-    "direction_refresh_steps", "num_queries", "clip_window",
+    "max_train_samples", "max_eval_samples", "num_shots", "num_demonstrations", "max_new_tokens", "sglang_tp_size",
+    "direction_rank", "direction_refresh_steps", "num_queries", "clip_window",
 )  # fmt: skip
 
 

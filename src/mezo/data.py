@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import gzip
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
+import numpy as np
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset
 from datasets.exceptions import DatasetsError
 
-from mezo.config import MeZOConfig
+from mezo.config import MeZOConfig, label_key
 from mezo.errors import UserError
+from mezo.tasks import Task
+
+logger = logging.getLogger(__name__)
 
 Row = dict[str, object]
 TrainData: TypeAlias = "str | Path | Sequence[Row] | Dataset | DatasetDict"
@@ -28,20 +33,40 @@ class Splits(NamedTuple):
     evaluation: Dataset | None
 
 
-def load_splits(config: MeZOConfig, train: TrainData | None = None, evaluation: TrainData | None = None) -> Splits:
-    """The rows that a config names; `train` and `evaluation` (paths or rows in memory) take precedence."""
+def load_splits(
+    config: MeZOConfig,
+    train: TrainData | None = None,
+    evaluation: TrainData | None = None,
+    task: Task | None = None,
+) -> Splits:
+    """The rows that a config names, prepared by its task; `train` and `evaluation` (paths or rows in memory) win."""
     train_source = train if train is not None else config.dataset_name
     if train_source is None:
         raise UserError("dataset_name is missing: a file, a folder or a Hub name")
-    seed = config.seed if config.data_seed is None else config.data_seed
-    train_rows = load_rows(train_source, config.dataset_config, config.dataset_train_split)
+    seed = data_seed(config)
+    train_rows = prepared(load_rows(train_source, config.dataset_config, config.dataset_train_split), config, task)
     eval_rows = load_eval_rows(config, evaluation, train_source)
-    if config.validation_size and eval_rows is None:
+    if eval_rows is not None:
+        eval_rows = prepared(eval_rows, config, task)
+    if config.num_shots is not None:
+        train_rows, other_rows = few_shot(train_rows, config.num_shots, config.label_column, seed)
+        eval_rows = other_rows if eval_rows is None else eval_rows
+    elif config.validation_size and eval_rows is None:
         train_rows, eval_rows = _hold_out(train_rows, config.validation_size, seed)
     train_rows = _sample(train_rows, config.max_train_samples, seed, "max_train_samples")
     if eval_rows is not None:
         eval_rows = _sample(eval_rows, config.max_eval_samples, seed, "max_eval_samples")
     return Splits(train_rows, eval_rows)
+
+
+def data_seed(config: MeZOConfig) -> int:
+    """The seed of data order, splits and samples."""
+    return config.seed if config.data_seed is None else config.data_seed
+
+
+def prepared(rows: Dataset, config: MeZOConfig, task: Task | None) -> Dataset:
+    """The rows as the task's templates speak of them; without a task as they are."""
+    return rows if task is None else task.prepare(rows, config)
 
 
 def load_eval_rows(
@@ -57,6 +82,45 @@ def load_eval_rows(
         assert whole is not None
         return load_rows(whole, config.dataset_config, config.dataset_test_split)
     return None
+
+
+def load_test_rows(config: MeZOConfig, dataset: TrainData | None, task: Task | None) -> Dataset:
+    """The rows that `mezo eval` evaluates: those that the config names, the first of them with `max_eval_samples`."""
+    rows = load_eval_rows(config, dataset)
+    if rows is None:
+        if config.dataset_name is None:
+            raise UserError("dataset_name is missing: a file, a folder or a Hub name; or a task")
+        rows = load_rows(config.dataset_name, config.dataset_config, "validation", "test", "train")
+    rows = prepared(rows, config, task)
+    if config.max_eval_samples is not None:
+        rows = rows.select(range(min(len(rows), config.max_eval_samples)))
+    return rows
+
+
+def load_demonstrations(config: MeZOConfig, dataset: TrainData | None, task: Task | None) -> list[Row]:
+    """In-context examples for `mezo eval`, from rows of which none are evaluated."""
+    if config.num_demonstrations is None:
+        return []
+    source = config.dataset_name
+    if source is None:
+        raise UserError("num_demonstrations needs training rows: dataset_name is missing")
+    evaluated_elsewhere = dataset is not None or config.eval_dataset_name not in (None, source)
+    if Path(source).is_file() and not evaluated_elsewhere:
+        raise UserError(
+            f"num_demonstrations: {source} is evaluated as well; name the rows to evaluate as eval_dataset_name"
+        )
+    rows = load_rows(source, config.dataset_config, config.dataset_train_split)
+    return draw_demonstrations(config, prepared(rows, config, task))
+
+
+def draw_demonstrations(config: MeZOConfig, train: Dataset) -> list[Row]:
+    """In-context examples, drawn from the training rows by seed."""
+    if config.num_demonstrations is None:
+        return []
+    if config.num_demonstrations > len(train):
+        raise UserError(f"num_demonstrations is {config.num_demonstrations}, but there are {len(train)} training rows")
+    order = permutation(len(train), data_seed(config))
+    return list(train.select(order[: config.num_demonstrations]))
 
 
 def load_rows(source: TrainData, dataset_config: str | None, *splits: str) -> Dataset:
@@ -162,6 +226,27 @@ def _sample(rows: Dataset, count: int | None, seed: int, option: str) -> Dataset
     if count > len(rows):
         raise UserError(f"{option} is {count}, but there are {len(rows)} rows")
     return rows.select(permutation(len(rows), seed)[:count])
+
+
+def few_shot(rows: Dataset, num_shots: int, label_column: str, seed: int) -> Splits:
+    """`num_shots` rows of each label to train on, and as many others to evaluate on, as far as there are so many.
+
+    The draw is LM-BFF's (arXiv 2012.15723): on the same rows in the same order, its seeds give its sets.
+    """
+    if label_column not in rows.column_names or "choices" in rows.column_names:
+        raise UserError(f"num_shots {num_shots} needs rows with classes in column {label_column!r}")
+    labels = [label_key(label) for label in rows[label_column]]
+    by_label: dict[str, list[int]] = {}
+    for i in np.random.RandomState(seed % 2**32).permutation(len(rows)).tolist():
+        by_label.setdefault(labels[i], []).append(i)
+    train = [i for indices in by_label.values() for i in indices[:num_shots]]
+    other = [i for indices in by_label.values() for i in indices[num_shots : 2 * num_shots]]
+    short = {label: len(indices) for label, indices in by_label.items() if len(indices) < 2 * num_shots}
+    if not other:
+        raise UserError(f"num_shots {num_shots}: no label has more rows, none are left to evaluate on")
+    if short:
+        logger.warning("num_shots %d: fewer than twice as many rows of these labels: %s", num_shots, short)
+    return Splits(rows.select(train), rows.select(other))
 
 
 def permutation(count: int, seed: int) -> list[int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -13,7 +12,21 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from mezo.config import MeZOConfig, label_key
 from mezo.data import Row
 from mezo.errors import UserError
-from mezo.objective import Example, Target, TokenSequence, common_prefix
+from mezo.objective import Example, Question, Target, TokenSequence, common_prefix
+from mezo.prompts import (
+    Reading,
+    default_text,
+    demonstrated,
+    fill,
+    label_order,
+    listed,
+    option_of,
+    reading,
+    require_columns,
+    required_template,
+    text_of,
+)
+from mezo.tasks import template_columns
 
 logger = logging.getLogger(__name__)
 
@@ -102,6 +115,13 @@ class _Tokens:
             raise UserError(f"{prompt + answer!r} is a single token: there is nothing to predict")
         return TokenSequence((*self.prefix, *ids), targets)
 
+    def prompt(self, text: str, num_new_tokens: int) -> tuple[int, ...]:
+        """A prompt to continue, with room for new tokens behind it. Too long: it loses its start."""
+        room = self.max_length - len(self.prefix) - num_new_tokens
+        if room < 1:
+            raise UserError(f"max_new_tokens {num_new_tokens} leaves no room for a prompt in {self.max_length} tokens")
+        return (*self.prefix, *self.ids(text)[-room:])
+
     def encoder_text(self, text: str, keep: int | None = None) -> tuple[int, ...]:
         """Special tokens around a text. Too long: cut at the end, or at the start to save token `keep`."""
         ids = self.ids(text)
@@ -123,6 +143,8 @@ def make_encoder(
     *,
     encoder_model: bool,
     labels: Sequence[str] | None = None,
+    training: bool = False,
+    demonstrations: Sequence[Row] = (),
 ) -> Encoder:
     """The encoder that the columns ask for.
 
@@ -133,12 +155,16 @@ def make_encoder(
         tokenizer: the model's.
         encoder_model: whether the model is an encoder (else a decoder).
         labels: the classes of a saved classification head, in its order.
+        training: whether the rows are trained on, which `train_as_classification` is about.
+        demonstrations: rows that stand, with their answers, before each prompt.
     """
     tokens = _Tokens(tokenizer, context_length(config, model_config, tokenizer))
     columns = set(rows[0])
     if encoder_model:
+        if demonstrations:
+            raise UserError("num_demonstrations needs a decoder; prompts of an encoder stand alone")
         return _for_encoder(columns, rows, config, tokens, labels)
-    return _for_decoder(columns, rows, config, tokens)
+    return _for_decoder(columns, rows, config, tokens, demonstrations, training)
 
 
 def context_length(config: MeZOConfig, model_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -163,25 +189,25 @@ def _for_encoder(
 ) -> Encoder:
     if config.label_words is None:
         return _classification(columns, rows, config, tokens, labels)
-    _require_columns(columns, {config.label_column})
-    template = _template(config, columns)
+    require_columns(columns, {config.label_column})
+    template = required_template(config, columns)
     mask_id = tokens.tokenizer.mask_token_id
     if _MASK not in template:
         raise UserError(f"template {template!r} has no {_MASK}, where an encoder reads the label word")
     if mask_id is None:
         raise UserError("the model's tokenizer has no mask token")
-    names = tuple(config.label_words)
+    names, words = tuple(config.label_words), config.label_words.values()
     space = "" if template.lstrip().startswith(_MASK) else " "
-    word_ids = [_single_token(tokens, space + word.strip()) for word in config.label_words.values()]
+    word_ids = [_single_token(tokens, word if word[:1] == " " else space + word.strip()) for word in words]
 
     def encode(row: Row) -> Example:
-        text = _fill(template, row).replace(_MASK, tokens.tokenizer.mask_token)
+        text = fill(template, row).replace(_MASK, tokens.tokenizer.mask_token)
         ids = tokens.encoder_text(text, keep=mask_id)
         if ids.count(mask_id) != 1:
             raise UserError(f"the prompt has {ids.count(mask_id)} mask tokens, one is needed")
         position = ids.index(mask_id)
         targets = tuple(Target(position, word_id, option) for option, word_id in enumerate(word_ids))
-        return Example((TokenSequence(ids, targets),), _option(row, config.label_column, names))
+        return Example((TokenSequence(ids, targets),), option_of(row, config.label_column, names))
 
     return Encoder("masked label word", "masked_lm", names, tokens, encode)
 
@@ -189,22 +215,22 @@ def _for_encoder(
 def _classification(
     columns: set[str], rows: Sequence[Row], config: MeZOConfig, tokens: _Tokens, labels: Sequence[str] | None
 ) -> Encoder:
-    _require_columns(columns, {config.label_column})
-    template = config.template or _default_text(columns)
+    require_columns(columns, {config.label_column})
+    template = config.template or default_text(columns)
     if _MASK in template:
         raise UserError(f"template has {_MASK}, but label_words are missing")
-    _require_columns(columns, set(_fields(template)))
+    require_columns(columns, set(template_columns(template)))
     found = {label_key(row[config.label_column]) for row in rows if row[config.label_column] is not None}
-    names = tuple(labels) if labels is not None else tuple(sorted(found, key=_label_order))
+    names = tuple(labels) if labels is not None else tuple(sorted(found, key=label_order))
     if len(names) < 2:
         raise UserError(
             f"column {config.label_column!r} holds a single label, {names[0]!r}: there is nothing to classify"
         )
 
     def encode(row: Row) -> Example:
-        ids = tokens.encoder_text(_fill(template, row))
+        ids = tokens.encoder_text(fill(template, row))
         targets = tuple(Target(0, option, option) for option in range(len(names)))
-        return Example((TokenSequence(ids, targets),), _option(row, config.label_column, names))
+        return Example((TokenSequence(ids, targets),), option_of(row, config.label_column, names))
 
     return Encoder("classification head", "sequence_classification", names, tokens, encode)
 
@@ -212,58 +238,57 @@ def _classification(
 # --- decoders -------------------------------------------------------------------------------------------------------
 
 
-def _for_decoder(columns: set[str], rows: Sequence[Row], config: MeZOConfig, tokens: _Tokens) -> Encoder:
-    if config.label_words is not None:
-        return _label_words(columns, config, tokens)
+def _for_decoder(
+    columns: set[str],
+    rows: Sequence[Row],
+    config: MeZOConfig,
+    tokens: _Tokens,
+    demonstrations: Sequence[Row],
+    training: bool,
+) -> Encoder:
+    found = reading(columns, rows, config)
+    if found is not None:
+        return _prompted(found, config, tokens, demonstrations, training)
+    if demonstrations:
+        raise UserError("num_demonstrations needs rows with a prompt and an answer")
     if "messages" in columns:
         return _messages(tokens)
-    if {"prompt", "choices"} <= columns:
-        return _choices(columns, config, tokens)
     if {"prompt", "completion"} <= columns:
-        if rows and isinstance(rows[0]["prompt"], list):
-            return _conversations(tokens)
-        return Encoder("completion", "causal_lm", (), tokens, lambda row: _completion(tokens, row))
+        return _conversations(tokens)
     if "text" in columns and config.label_column not in columns:
         return Encoder("language modelling", "causal_lm", (), tokens, lambda row: _language_model(tokens, row))
-    wanted = "prompt and completion; messages; prompt, choices and label; text; or text and label with label_words"
-    raise UserError(f"columns {_listed(columns)} are none of these: {wanted}")
+    wanted = (
+        "prompt and completion; messages; prompt, choices and label; prompt and answers; text; or text and label with "
+        "label_words"
+    )
+    raise UserError(f"columns {listed(columns)} are none of these: {wanted}")
 
 
-def _completion(tokens: _Tokens, row: Row) -> Example:
-    return Example((tokens.completion(_text(row, "prompt"), _text(row, "completion"), 0, end=True),))
+def _prompted(
+    found: Reading, config: MeZOConfig, tokens: _Tokens, demonstrations: Sequence[Row], training: bool
+) -> Encoder:
+    """Prompts with answers: all options, or the right one's tokens alone."""
+    before = demonstrated(found.read, demonstrations)
+    options = found.objective in ("label words", "multiple choice")
+    right_alone = options and training and config.train_as_classification is False
+
+    def encode(row: Row) -> Example:
+        asked = found.read(row)
+        prompt = before + asked.prompt
+        if options and not right_alone:
+            sequences = tuple(tokens.completion(prompt, answer, i) for i, answer in enumerate(asked.answers))
+            return Example(sequences, asked.right[0], asked.right[1:])
+        sequence = tokens.completion(prompt, asked.answers[asked.right[0]], 0, end=asked.end)
+        generated = asked.texts and not training
+        question = Question(tokens.prompt(prompt, config.max_new_tokens), asked.texts) if generated else None
+        return Example((sequence,), question=question)
+
+    name = f"{found.objective}, the right one alone" if right_alone else found.objective
+    return Encoder(name, "causal_lm", found.labels, tokens, encode)
 
 
 def _language_model(tokens: _Tokens, row: Row) -> Example:
-    return Example((tokens.completion("", _text(row, "text"), 0, end=True),))
-
-
-def _label_words(columns: set[str], config: MeZOConfig, tokens: _Tokens) -> Encoder:
-    assert config.label_words is not None
-    _require_columns(columns, {config.label_column})
-    template = _template(config, columns)
-    names, words = tuple(config.label_words), tuple(config.label_words.values())
-
-    def encode(row: Row) -> Example:
-        prompt = _fill(template, row)
-        sequences = tuple(tokens.completion(prompt, _spaced(prompt, word), i) for i, word in enumerate(words))
-        return Example(sequences, _option(row, config.label_column, names))
-
-    return Encoder("label words", "causal_lm", names, tokens, encode)
-
-
-def _choices(columns: set[str], config: MeZOConfig, tokens: _Tokens) -> Encoder:
-    _require_columns(columns, {config.label_column})
-
-    def encode(row: Row) -> Example:
-        prompt, choices, label = _text(row, "prompt"), row["choices"], row[config.label_column]
-        if not isinstance(choices, list) or len(choices) < 2:
-            raise UserError(f"choices must be a list of at least two texts, got {choices!r}")
-        if not isinstance(label, int) or not 0 <= label < len(choices):
-            raise UserError(f"label {label!r} is not an index into its {len(choices)} choices")
-        answers = [_spaced(prompt, str(c)) for c in choices]
-        return Example(tuple(tokens.completion(prompt, a, i) for i, a in enumerate(answers)), label)
-
-    return Encoder("multiple choice", "causal_lm", (), tokens, encode)
+    return Example((tokens.completion("", text_of(row, "text"), 0, end=True),))
 
 
 def _messages(tokens: _Tokens) -> Encoder:
@@ -298,76 +323,6 @@ def _chat(tokens: _Tokens, prompt: list[Row], whole: list[Row]) -> Example:
     if not text.startswith(before):
         raise UserError("the chat template does not continue its own generation prompt")
     return Example((tokens.completion(before, text[len(before) :], 0),))
-
-
-# --- rows and templates ---------------------------------------------------------------------------------------------
-
-
-def _value(row: Row, column: str) -> object:
-    value = row.get(column)
-    if value is None:
-        raise UserError(f"column {column!r} has no value")
-    return value
-
-
-def _text(row: Row, column: str) -> str:
-    value = _value(row, column)
-    if not isinstance(value, str):
-        raise UserError(f"column {column!r} holds {value!r}, a text is needed")
-    return value
-
-
-def _spaced(prompt: str, answer: str) -> str:
-    """The answer with a space before it, unless prompt or answer bring white space."""
-    return answer if not prompt or prompt[-1].isspace() or answer[:1].isspace() else " " + answer
-
-
-def _fields(template: str) -> list[str]:
-    return re.findall(r"\{(\w+)\}", template)
-
-
-def _fill(template: str, row: Row) -> str:
-    return re.sub(r"\{(\w+)\}", lambda m: str(_value(row, m.group(1))), template)
-
-
-def _template(config: MeZOConfig, columns: set[str]) -> str:
-    if config.template is None:
-        raise UserError(
-            "label_words need a template, '{text} It was [MASK].' for an encoder or '{text}\\nSentiment:' for a decoder"
-        )
-    if not _fields(config.template):
-        raise UserError(f"template {config.template!r} names no column in braces; columns are {_listed(columns)}")
-    _require_columns(columns, set(_fields(config.template)))
-    return config.template
-
-
-def _default_text(columns: set[str]) -> str:
-    for fields in (("text",), ("sentence",), ("premise", "hypothesis"), ("sentence1", "sentence2")):
-        if columns.issuperset(fields):
-            return " ".join(f"{{{f}}}" for f in fields)
-    raise UserError(f"column 'text' is missing; found {_listed(columns)}")
-
-
-def _require_columns(columns: set[str], needed: set[str]) -> None:
-    missing = sorted(needed - columns)
-    if missing:
-        raise UserError(f"column {missing[0]!r} is missing; found {_listed(columns)}")
-
-
-def _listed(columns: set[str]) -> str:
-    return ", ".join(sorted(columns)) or "none"
-
-
-def _option(row: Row, column: str, names: tuple[str, ...]) -> int:
-    key = label_key(_value(row, column))
-    if key not in names:
-        raise UserError(f"label {key!r} is not among the labels {', '.join(names)}")
-    return names.index(key)
-
-
-def _label_order(name: str) -> tuple[bool, int, str]:
-    """Numbers by value, before words by alphabet."""
-    return (False, int(name), "") if name.lstrip("-").isdigit() else (True, 0, name)
 
 
 def _single_token(tokens: _Tokens, word: str) -> int:

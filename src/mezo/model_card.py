@@ -22,6 +22,7 @@ def model_card(config: MeZOConfig, header: JsonObject, state: TrainerState, metr
     method = "all parameters" if not config.use_peft else config.peft_type.replace("_", " ")
     facts = {
         "base model": config.model_name_or_path,
+        **({"task": config.task} if config.task is not None else {}),
         "data": config.dataset_name or "given in memory",
         "objective": header["objective"],
         "trained": method + (f", r = {config.lora_r}, alpha = {config.lora_alpha:g}" if method == "lora" else ""),
@@ -36,9 +37,8 @@ def model_card(config: MeZOConfig, header: JsonObject, state: TrainerState, metr
         "versions": ", ".join(f"{k} {v}" for k, v in header["versions"].items()),  # type: ignore[attr-defined]
     }
     if metrics is not None:
-        facts["evaluation"] = (
-            f"accuracy {metrics.accuracy:.4f}, loss {metrics.loss:.4f}, {metrics.num_examples} examples"
-        )
+        shown = [f"{name} {value:.4f}" for name, value in metrics.measured.items() if name != "num_examples"]
+        facts["evaluation"] = f"{', '.join(shown)}, {metrics.num_examples} examples"
     rows = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
     return (
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n"

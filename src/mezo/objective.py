@@ -48,11 +48,24 @@ class TokenSequence:
 
 
 @dataclass(frozen=True, slots=True)
+class Question:
+    """A prompt whose answer is generated, for F1 and exact match against the right answers."""
+
+    prompt: tuple[int, ...]
+    answers: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Example:
-    """One training example. `label` is the right option, or None for a completion."""
+    """One training example. `label` is the right option, or None for a completion.
+
+    For evaluation alone: `also_right` are further options that count as right, `question` is what to generate from.
+    """
 
     sequences: tuple[TokenSequence, ...]
     label: int | None = None
+    also_right: tuple[int, ...] = field(default=(), repr=False)  # no part of what is trained; see `adapter_start`
+    question: Question | None = field(default=None, repr=False)
 
     @property
     def num_tokens(self) -> int:
@@ -115,4 +128,7 @@ def correct(examples: Sequence[Example], scores: TargetScores) -> Tensor:
         greedy = scores.greedy_T.double().split([e.weight for e in examples])
         return torch.stack([g.mean() for g in greedy])
     predicted_N = option_scores(examples, scores.logprobs_T).argmax(dim=1).tolist()
-    return torch.tensor([float(p == e.label) for p, e in zip(predicted_N, examples, strict=True)], dtype=torch.float64)
+    return torch.tensor(
+        [float(p == e.label or p in e.also_right) for p, e in zip(predicted_N, examples, strict=True)],
+        dtype=torch.float64,
+    )

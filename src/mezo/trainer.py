@@ -198,7 +198,7 @@ class MeZOTrainer:
         best = self.state.best_model_checkpoint
         if self.config.load_best_model_at_end and best is not None:
             self.engine.load(Path(best))
-        metrics = evaluate(self.engine, self.eval_examples) if self.eval_examples is not None else None
+        metrics = self._metrics(self.eval_examples) if self.eval_examples is not None else None
         checkpoint.write_files(self.run, lambda folder: self._write(folder, metrics))
         last = journal.read(self._journal_path).steps[-self.config.logging_steps :]
         return TrainResult(
@@ -242,11 +242,10 @@ class MeZOTrainer:
     def _evaluate(self) -> None:
         assert self.eval_examples is not None
         started = time.perf_counter()
-        metrics = evaluate(self.engine, self.eval_examples)
-        self._log({"eval_loss": metrics.loss, "eval_accuracy": metrics.accuracy})
-        self.control = self.callbacks.on_evaluate(
-            self.args, self.state, self.control, {"eval_loss": metrics.loss, "eval_accuracy": metrics.accuracy}
-        )
+        metrics = self._metrics(self.eval_examples)
+        logs = {f"eval_{name}": value for name, value in metrics.measured.items() if name != "num_examples"}
+        self._log(logs)
+        self.control = self.callbacks.on_evaluate(self.args, self.state, self.control, dict(logs))
         if self.state.global_step and self._is_best(metrics):
             self.state.best_global_step = self.state.global_step
             self.state.best_model_checkpoint = str(checkpoint.checkpoint_path(self.run, self.state.global_step))
@@ -255,9 +254,12 @@ class MeZOTrainer:
             self._save_state()
         self._log_time += time.perf_counter() - started
 
+    def _metrics(self, examples: Sequence[Example]) -> Metrics:
+        return evaluate(self.engine, examples, self.config.max_new_tokens)
+
     def _is_best(self, metrics: Metrics) -> bool:
-        metric = getattr(metrics, self.config.metric_for_best_model)
-        sign = 1.0 if self.config.metric_for_best_model == "accuracy" else -1.0
+        metric = metrics.measured[self.config.metric_for_best_model]
+        sign = -1.0 if self.config.metric_for_best_model == "loss" else 1.0
         if self.state.best_metric is not None and sign * metric <= sign * self.state.best_metric:
             return False
         self.state.best_metric = metric

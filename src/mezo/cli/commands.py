@@ -66,7 +66,7 @@ def evaluate(options: EvalOptions) -> None:
     values = {key: value for key, value in dataclasses.asdict(options).items() if key in names}
     metrics = api.eval_model(MeZOConfig.from_dict(values), options.adapter_name_or_path)
     if options.json:
-        print(json.dumps(metrics._asdict()))
+        print(json.dumps(metrics.measured))
     else:
         _print_metrics(metrics)
 
@@ -133,6 +133,6 @@ def _version(package: str) -> str:
 
 
 def _print_metrics(metrics: Metrics) -> None:
-    table = Table("accuracy", "loss", "examples")
-    table.add_row(f"{metrics.accuracy:.4f}", f"{metrics.loss:.4f}", str(metrics.num_examples))
+    table = Table(*("examples" if name == "num_examples" else name for name in metrics.measured))
+    table.add_row(*(str(v) if isinstance(v, int) else f"{v:.4f}" for v in metrics.measured.values()))
     Console().print(table)

@@ -10,19 +10,26 @@ from typing import Literal
 class EvalOptions:
     """Accuracy and loss of a model, or of a model with an adapter.
 
-    Template, label words and label column come from the journal beside the adapter or model if they are not given.
+    Task, template, label words and label column come from the journal beside the adapter or model if they are not
+    given.
 
     Args:
         model_name_or_path: Folder or Hub name of the model.
-        dataset_name: File, folder or Hub name of the rows.
+        dataset_name: File, folder or Hub name of the rows; the task's if not given.
         adapter_name_or_path: Folder of a PEFT adapter for the model.
+        task: Task of the paper by name (sst2, rte, squad, …) or a YAML file: data set, split, template, label words.
+        num_demonstrations: In-context examples before each prompt: rows of the training split, drawn by seed.
+        seed: Seed of that draw.
         dataset_config: Configuration of the data set on the Hub.
-        dataset_test_split: Split to evaluate; validation, test or train if not given, the first there is.
+        dataset_train_split: Split of the in-context examples.
+        dataset_test_split: Split to evaluate; the task's, or validation, test or train, the first there is.
+        eval_dataset_name: File, folder or Hub name to evaluate on, if that is another than the in-context examples'.
         max_eval_samples: Evaluate the first so many rows.
         template: Prompt with the row's columns in braces.
         label_words: Word for each label.
         label_column: Column that holds the label.
         max_length: Longest input in tokens.
+        max_new_tokens: Longest generated answer in tokens, where answers are generated.
         per_device_eval_batch_size: Examples in a forward pass.
         dtype: Weights' type.
         use_cpu: Stay on the CPU even if there is a GPU.
@@ -31,15 +38,21 @@ class EvalOptions:
     """
 
     model_name_or_path: str
-    dataset_name: str
+    dataset_name: str | None = None
     adapter_name_or_path: str | None = None
+    task: str | None = None
+    num_demonstrations: int | None = None
+    seed: int = 42
     dataset_config: str | None = None
+    dataset_train_split: str = "train"
     dataset_test_split: str | None = None
+    eval_dataset_name: str | None = None
     max_eval_samples: int | None = None
     template: str | None = None
     label_words: dict[str, str] | None = None
     label_column: str = "label"
     max_length: int | None = None
+    max_new_tokens: int = 50
     per_device_eval_batch_size: int = 64
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     use_cpu: bool = False

@@ -53,6 +53,10 @@ class Engine(Protocol):
         """Log-probabilities of all targets at the unperturbed weights, on the CPU."""
         ...
 
+    def generate(self, prompts: Sequence[tuple[int, ...]], max_new_tokens: int, stop: str) -> list[str]:
+        """Greedy continuation of each prompt at the unperturbed weights, up to `stop` or the end of the text."""
+        ...
+
     def update(self, records: Sequence[Record]) -> None:
         """Applies one step's records: θ ← θ − lr · Σ coefficient · z, with decoupled weight decay."""
         ...

@@ -132,6 +132,14 @@ class SGLangEngine:
         self.work.computed = computed  # the work of training is counted
         return TargetScores(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
+    def generate(self, prompts: Sequence[tuple[int, ...]], max_new_tokens: int, stop: str) -> list[str]:
+        """Not on this engine.
+
+        Raises:
+            UserError: always; `mezo eval` generates with the saved adapter.
+        """
+        raise UserError("engine sglang generates no answers; mezo eval does, with --adapter_name_or_path")
+
     def update(self, records: Sequence[Record]) -> None:
         """See `Engine.update`. The workers hear of it with the next probes."""
         self._unsent.append(records)

@@ -26,6 +26,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from mezo.adapter import canonical_name
 from mezo.engines.base import Work
+from mezo.engines.torch.generation import generate
 from mezo.engines.torch.graphs import Graphs, Shape, StaticInputs
 from mezo.engines.torch.layers import FrozenLayers, first_trained_layer
 from mezo.engines.torch.lora import BatchedLoRA
@@ -199,6 +200,17 @@ class TorchEngine:
         return TargetScores(*map(torch.cat, zip(*(parts[n] for n in range(len(examples))), strict=True)))
 
     @torch.no_grad()
+    def generate(self, prompts: Sequence[tuple[int, ...]], max_new_tokens: int, stop: str) -> list[str]:
+        """See `Engine.generate`."""
+        return generate(
+            self.model,
+            self.tokenizer,
+            prompts,
+            batch_size=self.eval_batch_size,
+            max_new_tokens=max_new_tokens,
+            stop=stop,
+        )
+
     def update(self, records: Sequence[Record]) -> None:
         """See `Engine.update`."""
         (self._low_rank or self.space).update(records, self.weight_decay)
