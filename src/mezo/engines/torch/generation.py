@@ -6,7 +6,13 @@ from collections.abc import Sequence
 
 import torch
 from peft import PeftModel
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from mezo.errors import UserError
 
@@ -61,11 +67,21 @@ def _continuations(
         input_ids=input_ids_RS.to(model.device),
         attention_mask=mask_RS.to(model.device),
         generation_config=_greedy(model, tokenizer, pad, max_new_tokens),
-        stop_strings=[stop],
-        tokenizer=tokenizer,
+        stopping_criteria=StoppingCriteriaList([_Said(tokenizer, longest, stop)]),
     )
     texts = tokenizer.batch_decode(found[:, longest:], skip_special_tokens=True)
     return [text.partition(stop)[0] for text in texts]
+
+
+class _Said(StoppingCriteria):
+    """Ends a row when its new text holds a string; transformers' own `stop_strings` knows some tokenizers only."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, start: int, stop: str):
+        self._tokenizer, self._start, self._stop = tokenizer, start, stop
+
+    def __call__(self, input_ids_RS: torch.Tensor, scores: torch.Tensor, **_: object) -> torch.Tensor:
+        texts = self._tokenizer.batch_decode(input_ids_RS[:, self._start :], skip_special_tokens=True)
+        return torch.tensor([self._stop in text for text in texts], device=input_ids_RS.device)
 
 
 def _greedy(
