@@ -19,7 +19,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from mezo import checkpoint, journal
 from mezo.activation import activate, invocation_tokens
 from mezo.adapter import add_adapter
-from mezo.config import MeZOConfig, looks_like_wrong_rate
+from mezo.blackbox import RewardFunction, Rewards, load_reward, make_rewards, reward_names
+from mezo.config import GENERATING, MeZOConfig, looks_like_wrong_rate
 from mezo.data import Row, TrainData, draw_demonstrations, load_demonstrations, load_splits, load_test_rows
 from mezo.encoding import make_encoder
 from mezo.engines.base import Engine
@@ -53,6 +54,7 @@ def mezo_finetune(
     seed: int = 42,
     eval_dataset: TrainData | None = None,
     callbacks: Sequence[TrainerCallback] = (),
+    reward_funcs: RewardFunction | str | Sequence[RewardFunction | str] = (),
     **options: object,
 ) -> TrainResult:
     """Fine-tunes a language model with forward passes only. Defaults are the paper's RoBERTa setting.
@@ -72,6 +74,9 @@ def mezo_finetune(
         seed: of directions, data order, splits and fresh parameters.
         eval_dataset: rows to evaluate on, as `train_dataset`.
         callbacks: `transformers.TrainerCallback`s.
+        reward_funcs: functions to maximise in place of minimising the loss, TRL's way:
+            `reward(prompts, completions, **columns)` returns a number for each completion; or their names, see
+            `MeZOConfig`. Rows need a prompt.
         options: further fields of `MeZOConfig`: task, template, label_words, eval_steps, …
 
     Raises:
@@ -94,8 +99,13 @@ def mezo_finetune(
     }
     if lora_rank is not None:
         values |= {"use_peft": True, "lora_r": lora_rank, "lora_alpha": 16.0}
+    named_funcs = [reward_funcs] if callable(reward_funcs) or isinstance(reward_funcs, str) else list(reward_funcs)
+    functions = [load_reward(f) if isinstance(f, str) else f for f in named_funcs]
+    if functions:
+        values |= {"objective": "reward", "reward_funcs": reward_names(named_funcs)}
     config = MeZOConfig.from_dict({**values, **options})
-    trainer = build_trainer(config, None if named else train_dataset, eval_dataset, callbacks)
+    rewards = make_rewards(config, functions)
+    trainer = build_trainer(config, None if named else train_dataset, eval_dataset, callbacks, rewards=rewards)
     try:
         return trainer.train()
     finally:
@@ -115,6 +125,7 @@ def build_trainer(
     eval_dataset: TrainData | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     engine: Engine | None = None,
+    rewards: Rewards | None = None,
 ) -> MeZOTrainer:
     """Loads data and model and puts the trainer together.
 
@@ -124,6 +135,7 @@ def build_trainer(
         eval_dataset: the same.
         callbacks: `transformers.TrainerCallback`s.
         engine: an engine at its initial weights, in place of the one that the config describes.
+        rewards: in place of those that the config names.
     """
     warning = looks_like_wrong_rate(config)
     if warning is not None:
@@ -139,6 +151,7 @@ def build_trainer(
     train_rows: list[Row] = list(splits.train)
     encoder = make_encoder(train_rows, config, model_config, tokenizer, encoder_model=encoder_model, training=True)
     train_examples = encoder(train_rows)
+    _check_objective(config, train_examples)
     eval_examples: list[Example] | None = None
     if splits.evaluation is not None:
         _check_columns(splits.train, splits.evaluation)
@@ -172,7 +185,8 @@ def build_trainer(
         initial_digest=engine.digest(),
         train_examples=train_examples,
     )
-    return MeZOTrainer(config, engine, train_examples, eval_examples, header, callbacks)
+    rewards = rewards or make_rewards(config)
+    return MeZOTrainer(config, engine, train_examples, eval_examples, header, callbacks, rewards=rewards)
 
 
 def _has_test_split(config: MeZOConfig, train: TrainData | None, evaluation: TrainData | None) -> bool:
@@ -192,17 +206,25 @@ def _check_columns(train: Dataset, evaluation: Dataset) -> None:
 
 def _answerable(config: MeZOConfig, examples: list[Example]) -> list[Example]:
     """The examples without their questions where nothing can generate answers."""
-    cannot = {"engine sglang": config.engine == "sglang", "lora_variant alora": config.lora_variant == "alora"}
-    reason = next((name for name, applies in cannot.items() if applies), None)
-    if reason is None or all(e.question is None for e in examples):
+    if config.lora_variant != "alora" or all(e.question is None for e in examples):
         return examples
-    logger.warning("%s generates no answers: evaluation gives loss and accuracy of tokens, no f1", reason)
+    logger.warning("lora_variant alora generates no answers: evaluation gives loss and accuracy of tokens, no f1")
     return [dataclasses.replace(e, question=None) for e in examples]
+
+
+def _check_objective(config: MeZOConfig, examples: Sequence[Example]) -> None:
+    if config.objective == "accuracy" and any(e.label is None for e in examples):
+        raise UserError("objective accuracy needs rows with options: label words, choices or classes")
+    if config.objective in GENERATING and any(e.question is None for e in examples):
+        wanted = "a prompt" if config.objective == "reward" else "prompt and answers"
+        raise UserError(f"objective {config.objective} needs a decoder and rows with {wanted}")
 
 
 def _check_metric(config: MeZOConfig, examples: Sequence[Example] | None) -> None:
     """Fails before the training, not at its first evaluation."""
     metric = config.metric_for_best_model
+    if metric == "reward" and config.objective != "reward":
+        raise UserError("metric_for_best_model reward needs objective reward")
     if metric in ("f1", "exact_match") and all(e.question is None for e in examples or ()):
         raise UserError(f"metric_for_best_model {metric} needs evaluation rows with answers to generate")
 
@@ -403,7 +425,7 @@ def eval_model(config: MeZOConfig, adapter: str | Path | None = None, dataset: T
         tokens = getattr(model.peft_config["default"], "alora_invocation_tokens", None)
         if tokens:
             examples = activate(examples, tokens)
-    return evaluate(make_engine(config, model, tokenizer), examples, config.max_new_tokens)
+    return evaluate(make_engine(config, model, tokenizer), examples, config.max_new_tokens, make_rewards(config))
 
 
 def _filled_in(config: MeZOConfig, recorded: MeZOConfig) -> MeZOConfig:

@@ -62,6 +62,11 @@ class MeZOConfig:
         label_column: Column that holds the label.
         train_as_classification: On a decoder, train the cross-entropy over the options; off: the cross-entropy of the
             right option's tokens alone (teacher forcing). On, if the task does not say otherwise.
+        objective: What is trained: loss, the cross-entropy; or, without any gradient, accuracy over the options, f1 or
+            exact_match of generated answers, reward of generated texts.
+        reward_funcs: Functions of objective reward, `package.module.function` or `file.py:function`, with TRL's
+            signature: function(prompts, completions, **columns) returns a number for each completion.
+        reward_weights: Their weights in the sum; 1 each if not given.
         max_length: Longest input in tokens; the model's context if not given.
         max_new_tokens: Longest generated answer in tokens, where answers are generated.
         use_peft: Train an adapter instead of all parameters.
@@ -160,6 +165,9 @@ class MeZOConfig:
     label_words: dict[str, str] | None = None
     label_column: str = "label"
     train_as_classification: bool | None = None
+    objective: Literal["loss", "accuracy", "f1", "exact_match", "reward"] = "loss"
+    reward_funcs: list[str] | None = None
+    reward_weights: list[float] | None = None
     max_length: int | None = None
     max_new_tokens: int = 50
 
@@ -208,7 +216,7 @@ class MeZOConfig:
     save_steps: int = 500
     save_total_limit: int | None = 2
     load_best_model_at_end: bool = False
-    metric_for_best_model: Literal["loss", "accuracy", "f1", "exact_match"] = "loss"
+    metric_for_best_model: Literal["loss", "accuracy", "f1", "exact_match", "reward"] = "loss"
     resume_from_checkpoint: bool = False
     report_to: str = "none"
     run_name: str | None = None
@@ -265,6 +273,14 @@ class MeZOConfig:
             f"optim {self.optim} keeps a state as large as the weights; it is for adapters and direction low_rank",
         )
         yield self.optim != "sgd" and self.engine == "sglang", f"optim {self.optim} needs engine torch"
+        yield (
+            (self.objective == "reward") != bool(self.reward_funcs),
+            "objective reward and reward_funcs go together",
+        )
+        yield (
+            self.objective in GENERATING and self.lora_variant == "alora",
+            f"objective {self.objective} generates answers, which lora_variant alora cannot",
+        )
         yield low_rank and self.use_peft, "direction low_rank is for all parameters; an adapter is of low rank already"
         yield low_rank and self.normalize_perturbations, "normalize_perturbations needs direction dense"
 
@@ -330,6 +346,7 @@ def looks_like_wrong_rate(config: MeZOConfig) -> str | None:
     return None
 
 
+GENERATING = ("f1", "exact_match", "reward")  # objectives
 _POSITIVE = (
     "learning_rate", "head_learning_rate", "epsilon", "lora_alpha", "kv_cache_gb", "max_memory_gb", "adam_epsilon",
 )  # fmt: skip

@@ -9,7 +9,7 @@ from typing import Literal
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from mezo.config import MeZOConfig, label_key
+from mezo.config import GENERATING, MeZOConfig, label_key
 from mezo.data import Row
 from mezo.errors import UserError
 from mezo.objective import Example, Question, Target, TokenSequence, common_prefix
@@ -246,6 +246,8 @@ def _for_decoder(
     demonstrations: Sequence[Row],
     training: bool,
 ) -> Encoder:
+    if config.objective == "reward":
+        return _rewarded(columns, config, tokens, demonstrations)
     found = reading(columns, rows, config)
     if found is not None:
         return _prompted(found, config, tokens, demonstrations, training)
@@ -278,13 +280,31 @@ def _prompted(
         if options and not right_alone:
             sequences = tuple(tokens.completion(prompt, answer, i) for i, answer in enumerate(asked.answers))
             return Example(sequences, asked.right[0], asked.right[1:])
-        sequence = tokens.completion(prompt, asked.answers[asked.right[0]], 0, end=asked.end)
-        generated = asked.texts and not training
+        generated = asked.texts and (not training or config.objective in GENERATING)
         question = Question(tokens.prompt(prompt, config.max_new_tokens), asked.texts) if generated else None
-        return Example((sequence,), question=question)
+        if training and question is not None:
+            return Example((), question=question)
+        return Example((tokens.completion(prompt, asked.answers[asked.right[0]], 0, end=asked.end),), question=question)
 
     name = f"{found.objective}, the right one alone" if right_alone else found.objective
     return Encoder(name, "causal_lm", found.labels, tokens, encode)
+
+
+def _rewarded(columns: set[str], config: MeZOConfig, tokens: _Tokens, demonstrations: Sequence[Row]) -> Encoder:
+    """Prompts alone, with all columns for the reward."""
+    if demonstrations:
+        raise UserError("num_demonstrations needs rows with a prompt and an answer")
+    require_columns(columns, {"prompt"} if config.template is None else set(template_columns(config.template)))
+
+    def encode(row: Row) -> Example:
+        prompt = fill(config.template, row) if config.template is not None else row["prompt"]
+        text = _rendered(tokens, prompt, add_generation_prompt=True) if isinstance(prompt, list) else prompt
+        if not isinstance(text, str) or not text:
+            raise UserError(f"prompt must be a text or messages, got {prompt!r}")
+        columns = {**row, "prompt": prompt}
+        return Example((), question=Question(tokens.prompt(text, config.max_new_tokens), columns=columns))
+
+    return Encoder("reward", "causal_lm", (), tokens, encode)
 
 
 def _language_model(tokens: _Tokens, row: Row) -> Example:
@@ -311,18 +331,21 @@ def _conversations(tokens: _Tokens) -> Encoder:
 
 
 def _chat(tokens: _Tokens, prompt: list[Row], whole: list[Row]) -> Example:
-    if tokens.tokenizer.chat_template is None:
-        raise UserError("the model's tokenizer has no chat template; use prompt and completion columns")
-    before = tokens.tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-    text = tokens.tokenizer.apply_chat_template(whole, tokenize=False)
-    assert isinstance(before, str) and isinstance(text, str)
-    # A template writes its own start token; the tokenizer must not add a second one.
-    bos = tokens.tokenizer.bos_token
-    if tokens.prefix and bos is not None:
-        before, text = before.removeprefix(bos), text.removeprefix(bos)
+    before = _rendered(tokens, prompt, add_generation_prompt=True)
+    text = _rendered(tokens, whole)
     if not text.startswith(before):
         raise UserError("the chat template does not continue its own generation prompt")
     return Example((tokens.completion(before, text[len(before) :], 0),))
+
+
+def _rendered(tokens: _Tokens, messages: list[Row], *, add_generation_prompt: bool = False) -> str:
+    """A conversation as text. The template writes its own start token; the tokenizer must not add a second one."""
+    if tokens.tokenizer.chat_template is None:
+        raise UserError("the model's tokenizer has no chat template; use columns of text")
+    text = tokens.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+    assert isinstance(text, str)
+    bos = tokens.tokenizer.bos_token
+    return text.removeprefix(bos) if tokens.prefix and bos is not None else text
 
 
 def _single_token(tokens: _Tokens, word: str) -> int:

@@ -20,6 +20,9 @@ class Probe(NamedTuple):
     scale: float
 
 
+UNPERTURBED = Probe(0, 0.0)
+
+
 @dataclass(frozen=True, slots=True)
 class Record:
     """What one step did along one direction; the unit of the journal.

@@ -48,7 +48,7 @@ def make_header(
         "labels": list(labels),
         "model_digest": model_digest,
         "initial_digest": initial_digest,
-        "data_digest": xxhash.xxh3_128(repr(list(train_examples)).encode()).hexdigest(),
+        "data_digest": _data_digest(train_examples),
     }
 
 
@@ -112,3 +112,8 @@ _MAY_CHANGE = frozenset(
         "disable_tqdm",
     ]
 )
+
+
+def _data_digest(examples: Sequence[Example]) -> str:
+    asked = [e.question for e in examples if e.question is not None]  # what is trained on
+    return xxhash.xxh3_128((repr(list(examples)) + (repr(asked) if asked else "")).encode()).hexdigest()

@@ -14,7 +14,7 @@ Engines only compute log-probabilities; the functions here do the rest and know 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -49,17 +49,22 @@ class TokenSequence:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A prompt whose answer is generated, for F1 and exact match against the right answers."""
+    """A prompt whose answer is generated: for F1 and exact match against the right answers, or for a reward.
+
+    `columns` are the row that a reward function is told of, `prompt` as text or messages among them.
+    """
 
     prompt: tuple[int, ...]
-    answers: tuple[str, ...]
+    answers: tuple[str, ...] = ()
+    columns: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
     """One training example. `label` is the right option, or None for a completion.
 
-    For evaluation alone: `also_right` are further options that count as right, `question` is what to generate from.
+    `question` is what to generate from; where that is trained, there are no sequences. For evaluation alone:
+    `also_right` are further options that count as right.
     """
 
     sequences: tuple[TokenSequence, ...]
@@ -69,13 +74,15 @@ class Example:
 
     @property
     def num_tokens(self) -> int:
-        """Input tokens of all sequences."""
+        """Input tokens of all sequences, or of the prompt alone."""
+        if not self.sequences:
+            return len(self.question.prompt) if self.question is not None else 0
         return sum(len(s.input_ids) for s in self.sequences)
 
     @property
     def weight(self) -> int:
         """Weight in a batch's mean: answer tokens for completions (the mean is per token), else 1."""
-        return len(self.sequences[0].targets) if self.label is None else 1
+        return len(self.sequences[0].targets) if self.label is None and self.sequences else 1
 
 
 class TargetScores(NamedTuple):
@@ -127,8 +134,12 @@ def correct(examples: Sequence[Example], scores: TargetScores) -> Tensor:
     if examples[0].label is None:
         greedy = scores.greedy_T.double().split([e.weight for e in examples])
         return torch.stack([g.mean() for g in greedy])
-    predicted_N = option_scores(examples, scores.logprobs_T).argmax(dim=1).tolist()
+    return 1.0 - error_rates(examples, scores.logprobs_T).double()
+
+
+def error_rates(examples: Sequence[Example], logprobs_T: Tensor) -> Tensor:
+    """For each example 0.0 if the best option is right, else 1.0; float32 [N]."""
+    predicted_N = option_scores(examples, logprobs_T).argmax(dim=1).tolist()
     return torch.tensor(
-        [float(p == e.label or p in e.also_right) for p, e in zip(predicted_N, examples, strict=True)],
-        dtype=torch.float64,
+        [float(p != e.label and p not in e.also_right) for p, e in zip(predicted_N, examples, strict=True)]
     )

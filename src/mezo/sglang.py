@@ -31,7 +31,7 @@ from mezo.engines.sglang.engine import SGLangEngine
 from mezo.engines.sglang.plugin import BASE_PREFIX, keep_tensors
 from mezo.engines.sglang.worker import Worker
 from mezo.engines.torch.engine import trained_parameters
-from mezo.errors import EngineError
+from mezo.errors import EngineError, UserError
 from mezo.trainer import TrainResult
 
 __all__ = ["MeZOConfig", "MeZOTrainer", "mezo_finetune"]
@@ -141,7 +141,9 @@ class InProcess:
         return {"tp_size": 1, "internal_states": [{"mezo": self._worker.state()}]}
 
     def generate(self, body: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """See `Client.generate`."""
+        """See `Client.generate`; a bare ModelRunner has no loop that generates."""
+        if any(options["max_new_tokens"] for options in body["sampling_params"]):
+            raise UserError("a bare ModelRunner generates no texts; sglang_mode colocate or server does")
         try:
             return self._prefill(body)()
         except RuntimeError as error:  # no room in the memory pools, say

@@ -14,6 +14,7 @@ from pathlib import Path
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from mezo import checkpoint, journal
+from mezo.blackbox import Rewards, loss_function
 from mezo.callbacks import ProgressCallback, callback_handler, training_arguments
 from mezo.config import MeZOConfig
 from mezo.data import BatchSampler
@@ -63,6 +64,7 @@ class MeZOTrainer:
         header: facts about model and versions that the journal's header keeps, see `mezo.api.journal_header`.
         callbacks: `transformers.TrainerCallback`s.
         estimator: probes and coefficients; what the config says if not given.
+        rewards: judges what is generated, for objective reward.
     """
 
     def __init__(
@@ -74,12 +76,15 @@ class MeZOTrainer:
         header: journal.JsonObject,
         callbacks: Sequence[TrainerCallback] = (),
         estimator: Estimator | None = None,
+        rewards: Rewards | None = None,
     ):
         self.config = config
         self.engine = engine
         self.train_examples = train_examples
         self.eval_examples = eval_examples
         self.estimator = estimator or make_estimator(config)
+        self._rewards = rewards
+        self._losses = loss_function(config, rewards)
         self._num_probes = len(self.estimator.probes(0))
         self._clip = QuantileClip(config.clip_quantile, config.clip_window) if config.clip_quantile else None
         self.run = Path(config.output_dir)
@@ -112,7 +117,7 @@ class MeZOTrainer:
         examples = [self.train_examples[i] for i in self.sampler(step)]
         probes = self.estimator.probes(step)
         computed, started = self.engine.work.computed, time.perf_counter()
-        losses_PN = self.engine.losses(examples, probes)
+        losses_PN = self._losses(self.engine, examples, probes)
         computed = round(self.engine.work.computed - computed)
         self._token_seconds = min(self._token_seconds, (time.perf_counter() - started) / max(computed, 1))
         outcomes = self.estimator.outcomes(probes, [batch_loss(examples, losses_N) for losses_N in losses_PN])
@@ -255,7 +260,7 @@ class MeZOTrainer:
         self._log_time += time.perf_counter() - started
 
     def _metrics(self, examples: Sequence[Example]) -> Metrics:
-        return evaluate(self.engine, examples, self.config.max_new_tokens)
+        return evaluate(self.engine, examples, self.config.max_new_tokens, self._rewards)
 
     def _is_best(self, metrics: Metrics) -> bool:
         metric = metrics.measured[self.config.metric_for_best_model]

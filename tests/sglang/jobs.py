@@ -39,6 +39,12 @@ def finetune(model: str, out: str, **options: Any) -> None:
     mezo_finetune(model, rows(), output_dir=out, eval_dataset=rows()[:16], **{**SETTING, **options})
 
 
+def says_much(completions: list[str], **columns: Any) -> list[float]:
+    """A reward: characters, in units of a long answer; told of the rows' other columns."""
+    assert set(columns) == {"prompts", "choices", "label"}
+    return [len(text) / 40 for text in completions]
+
+
 def model_runner(model: str, targets: list[str]) -> Any:
     """SGLang's ModelRunner as its own benchmark builds it."""
     from sglang.benchmark import one_batch

@@ -59,6 +59,19 @@ def test_opt_with_an_adapter_on_every_module(reference, model_folder, tmp_path):
     assert_same_adapter(run, expected)
 
 
+def test_a_reward_of_what_both_adapters_say(reference, model_folder, tmp_path):
+    """No gradient anywhere: SGLang generates under both signs in one batch, and says what the torch engine says."""
+    options = {
+        "objective": "reward", "reward_funcs": ["tests.sglang.jobs.says_much"], "num_steps": 8, "epsilon": 0.3,
+        "max_new_tokens": 6, "learning_rate": 9e-2,
+    }  # fmt: skip
+    run = tmp_path / "run"
+    finish(start_job("finetune", model=model_folder("llama"), out=str(run), engine="sglang", **options))
+    expected = reference("llama", **options)
+    assert_same_run(run, expected, 8)
+    assert_same_adapter(run, expected)
+
+
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two ranks need two cores")
 def test_tensor_parallel(reference, model_folder, tmp_path):
     """Two ranks, each with its slice of the same z."""

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from mezo.estimator import Probe, Record
-from mezo.objective import Example, TargetScores
+from mezo.objective import Example, TargetScores, example_losses
+
+# From log-probabilities of all targets to one loss per example, see `mezo.objective`.
+Loss: TypeAlias = "Callable[[Sequence[Example], Tensor], Tensor]"
 
 
 @dataclass
@@ -45,7 +48,7 @@ class Engine(Protocol):
         """The model's tokenizer."""
         ...
 
-    def losses(self, examples: Sequence[Example], probes: Sequence[Probe]) -> Tensor:
+    def losses(self, examples: Sequence[Example], probes: Sequence[Probe], loss: Loss = example_losses) -> Tensor:
         """Loss of each example under each probe: float32 [P, N] on the CPU."""
         ...
 
@@ -53,8 +56,10 @@ class Engine(Protocol):
         """Log-probabilities of all targets at the unperturbed weights, on the CPU."""
         ...
 
-    def generate(self, prompts: Sequence[tuple[int, ...]], max_new_tokens: int, stop: str) -> list[str]:
-        """Greedy continuation of each prompt at the unperturbed weights, up to `stop` or the end of the text."""
+    def generate(
+        self, prompts: Sequence[tuple[int, ...]], probes: Sequence[Probe], max_new_tokens: int, stop: str | None
+    ) -> list[list[str]]:
+        """Greedy continuation of each prompt under each probe, up to `stop` or the end of the text."""
         ...
 
     def update(self, records: Sequence[Record]) -> None:

@@ -24,21 +24,20 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from mezo import philox
-from mezo.engines.base import Work
+from mezo.engines.base import Loss, Work
 from mezo.engines.sglang.client import Client, split, worker_state
 from mezo.engines.sglang.plugin import ADAPTER_MARK
 from mezo.engines.sglang.scoring import Answers, Scorer, Scores, Submit, make_rows
 from mezo.engines.torch.engine import trained_parameters
 from mezo.engines.torch.space import ParameterSpace, tensors_digest
 from mezo.errors import EngineError, UserError
-from mezo.estimator import Probe, Record
+from mezo.estimator import UNPERTURBED, Probe, Record
 from mezo.objective import Example, TargetScores, TokenSequence, example_losses
 
 logger = logging.getLogger(__name__)
 
 _RECORDS_PER_COMMAND = 256
 _GIVEN_UP_AFTER = 600  # seconds
-_ADAPTER_ITSELF = Probe(0, 0.0)
 
 
 class SGLangEngine:
@@ -116,29 +115,51 @@ class SGLangEngine:
         """The model's tokenizer."""
         return self._tokenizer
 
-    def losses(self, examples: Sequence[Example], probes: Sequence[Probe]) -> Tensor:
+    def losses(self, examples: Sequence[Example], probes: Sequence[Probe], loss: Loss = example_losses) -> Tensor:
         """See `Engine.losses`."""
         self.work.asked += len(probes) * sum(e.num_tokens for e in examples)
         scores = self._scores(examples, probes, greedy=False)
-        return torch.stack([example_losses(examples, s.logprobs_T) for s in scores])
+        return torch.stack([loss(examples, s.logprobs_T) for s in scores])
 
     def score(self, examples: Sequence[Example]) -> TargetScores:
         """See `Engine.score`."""
         computed = self.work.computed
         parts = [
-            self._scores(examples[first : first + self.eval_batch_size], [_ADAPTER_ITSELF], greedy=True)[0]
+            self._scores(examples[first : first + self.eval_batch_size], [UNPERTURBED], greedy=True)[0]
             for first in range(0, len(examples), self.eval_batch_size)
         ]
         self.work.computed = computed  # the work of training is counted
         return TargetScores(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
-    def generate(self, prompts: Sequence[tuple[int, ...]], max_new_tokens: int, stop: str) -> list[str]:
-        """Not on this engine.
+    def generate(
+        self, prompts: Sequence[tuple[int, ...]], probes: Sequence[Probe], max_new_tokens: int, stop: str | None
+    ) -> list[list[str]]:
+        """See `Engine.generate`: all prompts under all probes in one request to each replica, by its scheduler."""
+        self._write(probes, hold=False)
+        sampling = {
+            "max_new_tokens": max_new_tokens,
+            "temperature": 0.0,
+            **({"stop": stop} if stop is not None else {}),
+        }
 
-        Raises:
-            UserError: always; `mezo eval` generates with the saved adapter.
-        """
-        raise UserError("engine sglang generates no answers; mezo eval does, with --adapter_name_or_path")
+        def ask(client: Client, part: Sequence[tuple[int, ...]]) -> list[list[str]]:
+            if not part:
+                return [[] for _ in probes]
+            rows = [(name, prompt) for name in self._names[: len(probes)] for prompt in part]
+            answers = client.generate(
+                {
+                    "input_ids": [prompt for _, prompt in rows],
+                    "sampling_params": [sampling] * len(rows),
+                    "lora_path": [name for name, _ in rows],
+                    "extra_key": [f"{self._session}-{self._version}"] * len(rows),
+                }
+            )
+            texts = self.tokenizer.batch_decode([a["output_ids"] for a in answers], skip_special_tokens=True)
+            texts = [text if stop is None else text.partition(stop)[0] for text in texts]
+            return [texts[p * len(part) : (p + 1) * len(part)] for p in range(len(probes))]
+
+        found = self._everywhere(ask, [prompts[s] for s in split(len(prompts), len(self._clients))])
+        return [[text for texts in found for text in texts[p]] for p in range(len(probes))]
 
     def update(self, records: Sequence[Record]) -> None:
         """See `Engine.update`. The workers hear of it with the next probes."""
@@ -192,8 +213,8 @@ class SGLangEngine:
 
     # --- probes into slots ------------------------------------------------------------------------------------------
 
-    def _write(self, probes: Sequence[Probe]) -> None:
-        """Has the probes written into the slots, now or, where workers score, with the next rows."""
+    def _write(self, probes: Sequence[Probe], *, hold: bool = True) -> None:
+        """Has the probes written into the slots, now or, with `hold` where workers score, with the next rows."""
         if len(probes) > len(self._names):
             raise UserError(f"{len(probes)} probes in a step, but {len(self._names)} adapter slots")
         if tuple(probes) == self._in_slots:
@@ -204,7 +225,7 @@ class SGLangEngine:
         else:
             if not self._attached:
                 self._attach()
-            self._send(probes, hold=self._scores_in_workers)
+            self._send(probes, hold=hold and self._scores_in_workers)
         self._in_slots = tuple(probes)
 
     def _send(self, probes: Sequence[Probe], *, hold: bool = False) -> None:

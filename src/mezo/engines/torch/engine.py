@@ -12,7 +12,7 @@ import inspect
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -25,7 +25,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutput
 
 from mezo.adapter import canonical_name
-from mezo.engines.base import Work
+from mezo.engines.base import Loss, Work
 from mezo.engines.torch.generation import generate
 from mezo.engines.torch.graphs import Graphs, Shape, StaticInputs
 from mezo.engines.torch.layers import FrozenLayers, first_trained_layer
@@ -36,12 +36,10 @@ from mezo.engines.torch.perturbed import BATCHED_MODELS, Dense, PerturbedForward
 from mezo.engines.torch.reuse import Stage, TensorStore, cache_of_rows, rows_of_cache, shared_prefixes
 from mezo.engines.torch.space import ParameterSpace, tensors_digest
 from mezo.errors import EngineError
-from mezo.estimator import Probe, Record
+from mezo.estimator import UNPERTURBED, Probe, Record
 from mezo.objective import Example, TargetScores, TokenSequence, common_prefix, example_losses
 
 logger = logging.getLogger(__name__)
-
-_WEIGHTS_THEMSELVES = Probe(0, 0.0)
 
 
 class Past(NamedTuple):
@@ -173,7 +171,7 @@ class TorchEngine:
         return self._tokenizer
 
     @torch.no_grad()
-    def losses(self, examples: Sequence[Example], probes: Sequence[Probe]) -> Tensor:
+    def losses(self, examples: Sequence[Example], probes: Sequence[Probe], loss: Loss = example_losses) -> Tensor:
         """See `Engine.losses`."""
         losses_PN = torch.empty(len(probes), len(examples))
         self.work.asked += len(probes) * sum(e.num_tokens for e in examples)
@@ -182,7 +180,7 @@ class TorchEngine:
             part = [examples[n] for n in group_G]
             scores = [score for some in together for score in self._fitting(part, some, greedy=False)]
             for p, score in enumerate(scores):
-                losses_PN[p, group_G] = example_losses(part, score.logprobs_T).cpu()
+                losses_PN[p, group_G] = loss(part, score.logprobs_T).cpu()
         return losses_PN
 
     @torch.no_grad()
@@ -192,7 +190,7 @@ class TorchEngine:
         computed, padding = self.work.computed, self.work.padding
         for group_G in self._groups(examples, self.eval_batch_size):
             part = [examples[n] for n in group_G]
-            (scores,) = self._fitting(part, [_WEIGHTS_THEMSELVES], greedy=True)
+            (scores,) = self._fitting(part, [UNPERTURBED], greedy=True)
             counts_G = [sum(len(s.targets) for s in e.sequences) for e in part]
             columns = [t.cpu().split(counts_G) for t in scores]
             parts |= {n: TargetScores(*column) for n, column in zip(group_G, zip(*columns, strict=True), strict=True)}
@@ -200,16 +198,23 @@ class TorchEngine:
         return TargetScores(*map(torch.cat, zip(*(parts[n] for n in range(len(examples))), strict=True)))
 
     @torch.no_grad()
-    def generate(self, prompts: Sequence[tuple[int, ...]], max_new_tokens: int, stop: str) -> list[str]:
+    def generate(
+        self, prompts: Sequence[tuple[int, ...]], probes: Sequence[Probe], max_new_tokens: int, stop: str | None
+    ) -> list[list[str]]:
         """See `Engine.generate`."""
-        return generate(
-            self.model,
-            self.tokenizer,
-            prompts,
-            batch_size=self.eval_batch_size,
-            max_new_tokens=max_new_tokens,
-            stop=stop,
-        )
+        found = []
+        for some in self._together(probes):
+            with self._perturbed(some):
+                found += generate(
+                    self.model,
+                    self.tokenizer,
+                    prompts,
+                    num_probes=len(some),
+                    batch_size=max(1, self.eval_batch_size // len(some)),
+                    max_new_tokens=max_new_tokens,
+                    stop=stop,
+                )
+        return found
 
     def update(self, records: Sequence[Record]) -> None:
         """See `Engine.update`."""
@@ -278,6 +283,13 @@ class TorchEngine:
             not isinstance(self.model, PeftModel) and self.model.config.model_type in BATCHED_MODELS
         )
         return [probes] if known and self._share else [[probe] for probe in probes]
+
+    def _perturbed(self, probes: Sequence[Probe]) -> AbstractContextManager[object]:
+        """A context in which the model's rows see the trained parameters under the probes."""
+        if self._lora is not None:
+            return self._lora(probes)
+        weights = self._weights(probes)
+        return PerturbedForward(weights) if weights is not None else nullcontext()
 
     def _weights(self, probes: Sequence[Probe]) -> Dense | LowRankProbes | None:
         """The trained parameters under the probes, unless they are the model's own."""

@@ -25,9 +25,12 @@ def generate(
     *,
     batch_size: int,
     max_new_tokens: int,
-    stop: str,
-) -> list[str]:
+    stop: str | None,
+    num_probes: int = 1,
+) -> list[list[str]]:
     """The most probable continuation of each prompt, token by token, without `stop` and what follows.
+
+    Returns one list for each probe; a batch's rows come probe by probe, for a model that tells them apart.
 
     Args:
         model: a decoder, in eval mode.
@@ -35,17 +38,18 @@ def generate(
         prompts: token ids, special tokens included.
         batch_size: prompts in one batch, of similar length.
         max_new_tokens: length at which a continuation ends.
-        stop: text at which it ends before.
+        stop: text at which it ends before, if any.
+        num_probes: how often each prompt is continued.
     """
     if isinstance(model, PeftModel) and getattr(model.peft_config["default"], "alora_invocation_tokens", None):
         raise UserError("lora_variant alora: answers cannot be generated; evaluate this task with another adapter")
-    texts = [""] * len(prompts)
+    texts = [[""] * len(prompts) for _ in range(num_probes)]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for first in range(0, len(order), batch_size):
         part = order[first : first + batch_size]
-        found = _continuations(model, tokenizer, [prompts[i] for i in part], max_new_tokens, stop)
-        for i, text in zip(part, found, strict=True):
-            texts[i] = text
+        found = _continuations(model, tokenizer, [prompts[i] for i in part] * num_probes, max_new_tokens, stop)
+        for number, text in enumerate(found):
+            texts[number // len(part)][part[number % len(part)]] = text
     return texts
 
 
@@ -54,7 +58,7 @@ def _continuations(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[tuple[int, ...]],
     max_new_tokens: int,
-    stop: str,
+    stop: str | None,
 ) -> list[str]:
     longest = max(map(len, prompts))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
@@ -67,10 +71,10 @@ def _continuations(
         input_ids=input_ids_RS.to(model.device),
         attention_mask=mask_RS.to(model.device),
         generation_config=_greedy(model, tokenizer, pad, max_new_tokens),
-        stopping_criteria=StoppingCriteriaList([_Said(tokenizer, longest, stop)]),
+        stopping_criteria=StoppingCriteriaList([_Said(tokenizer, longest, stop)] if stop is not None else []),
     )
     texts = tokenizer.batch_decode(found[:, longest:], skip_special_tokens=True)
-    return [text.partition(stop)[0] for text in texts]
+    return [text.partition(stop)[0] if stop is not None else text for text in texts]
 
 
 class _Said(StoppingCriteria):
