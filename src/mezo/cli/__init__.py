@@ -7,12 +7,12 @@ import difflib
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn, TypeVar, get_type_hints
+from typing import Any, NoReturn, TypeVar, get_type_hints
 
 import tyro
 
 from mezo import __version__
-from mezo.cli.options import EvalOptions, InspectOptions, MergeOptions, PresetsOptions, ReplayOptions
+from mezo.cli.options import EvalOptions, InspectOptions, MergeOptions, PresetsOptions, ReplayOptions, TuneOptions
 from mezo.config import PRESETS, MeZOConfig, coerced, preset, unknown_key_message
 from mezo.errors import EngineError, NonFiniteLossError, UserError
 
@@ -94,6 +94,13 @@ def _bench(argv: list[str]) -> None:
     bench(_parse(BenchOptions, argv, "mezo bench"))
 
 
+def _tune(argv: list[str]) -> None:
+    config, options = parse_tune(argv)
+    from mezo.cli.commands import tune
+
+    tune(config, options)
+
+
 def _env(argv: list[str]) -> None:
     _parse(PresetsOptions, argv, "mezo env")
     from mezo.cli.commands import env
@@ -106,6 +113,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
         _train,
         "fine-tune a model; flags are the fields of MeZOConfig, --config FILE.yaml and --preset under them",
     ),
+    "tune": (_tune, "search learning rate and epsilon: short runs, of which the better ones go on"),
     "eval": (_eval, "accuracy and loss of a model, or of a model with an adapter"),
     "replay": (_replay, "rebuild the trained weights from the base model and the journal alone"),
     "inspect": (_inspect, "summary of a run's journal: settings, steps, losses, tokens computed and reused"),
@@ -118,27 +126,44 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
 
 def parse_train(argv: list[str]) -> MeZOConfig:
     """The config of a command line: flags over --config over --preset over the defaults."""
+    return MeZOConfig.from_dict(_train_values(argv, _TrainOptions, "mezo train"))
+
+
+def parse_tune(argv: list[str]) -> tuple[MeZOConfig, TuneOptions]:
+    """The same with the options of `mezo tune`; a preset's learning rates are the candidates if none are named."""
+    values = _train_values(argv, _TuneOptions, "mezo tune")
+    tune = {f.name: values.pop(f.name) for f in dataclasses.fields(TuneOptions)}
+    return MeZOConfig.from_dict(values), TuneOptions(**tune)  # type: ignore[arg-type]
+
+
+def _train_values(argv: list[str], options: type, prog: str) -> dict[str, object]:
     argv, config_file = _take(argv, "config")
     argv, preset_name = _take(argv, "preset")
+    from_file = _read_yaml(Path(config_file)) if config_file is not None else {}
+    preset_name = preset_name or str(from_file.pop("preset", "")) or None
     values: dict[str, object] = {"model_name_or_path": tyro.MISSING}
     if preset_name is not None:
         values |= {**preset(preset_name).config(model_name_or_path="").to_dict(), **values}
-    if config_file is not None:
-        values |= _read_yaml(Path(config_file))
-    options = _parse(_TrainOptions, argv, "mezo train", _TrainOptions(**values), extra=("config", "preset"))
-    return MeZOConfig.from_dict(dataclasses.asdict(options))
+        if "learning_rates" in options.__annotations__:
+            values |= {"learning_rates": preset(preset_name).learning_rates}
+    parsed = _parse(options, argv, prog, options(**values | from_file), extra=("config", "preset"))
+    return dataclasses.asdict(parsed)
 
 
-def _unchecked(config: type) -> type:
-    """A dataclass with the same fields but no checks: tyro would print a failed check as a parsing error."""
-    hints = get_type_hints(config)
-    fields = [(f.name, hints[f.name], dataclasses.field(default=f.default)) for f in dataclasses.fields(config)]
-    options = dataclasses.make_dataclass(config.__name__, fields, kw_only=True)
-    options.__doc__ = config.__doc__
+def _unchecked(*parts: type) -> Any:
+    """A dataclass with the fields of all but no checks: tyro would print a failed check as a parsing error."""
+    fields: list[tuple[str, Any, Any]] = []
+    for part in parts:
+        hints = get_type_hints(part)
+        fields += [(f.name, hints[f.name], dataclasses.field(default=f.default)) for f in dataclasses.fields(part)]
+    options = dataclasses.make_dataclass(parts[-1].__name__, fields, kw_only=True)
+    texts = [str(part.__doc__).rstrip().partition("Args:\n") for part in parts]
+    options.__doc__ = texts[-1][0] + "Args:\n" + "\n".join(arguments for *_, arguments in texts) + "\n    "
     return options
 
 
 _TrainOptions = _unchecked(MeZOConfig)
+_TuneOptions = _unchecked(MeZOConfig, TuneOptions)
 
 
 def _read_yaml(path: Path) -> dict[str, object]:
@@ -152,10 +177,10 @@ def _read_yaml(path: Path) -> dict[str, object]:
         raise UserError(f"--config {path}: a mapping of option names to values is needed")
     names = [f.name for f in dataclasses.fields(MeZOConfig)]
     for key in values:
-        if key not in names:
+        if key not in (*names, "preset"):
             raise UserError(f"--config {path}: {unknown_key_message(str(key), names)}")
     hints = get_type_hints(MeZOConfig)
-    return {key: coerced(key, value, hints[key]) for key, value in values.items()}
+    return {key: value if key == "preset" else coerced(key, value, hints[key]) for key, value in values.items()}
 
 
 def _parse(

@@ -18,10 +18,13 @@ from transformers.utils import logging as transformers_logging
 from mezo import api
 from mezo.bench import BenchOptions
 from mezo.bench import run as run_bench
-from mezo.cli.options import EvalOptions, InspectOptions, MergeOptions, ReplayOptions
+from mezo.cli.options import EvalOptions, InspectOptions, MergeOptions, ReplayOptions, TuneOptions
 from mezo.config import MeZOConfig
+from mezo.errors import UserError
 from mezo.evaluation import Metrics
 from mezo.kernels import cpu as cpu_kernels
+from mezo.tune import Trial
+from mezo.tune import tune as run_tune
 
 
 def _quiet() -> None:
@@ -57,6 +60,30 @@ def train(config: MeZOConfig) -> None:
         print(f"best checkpoint: {result.best_checkpoint}")
     if result.metrics is not None:
         _print_metrics(result.metrics)
+
+
+def tune(config: MeZOConfig, options: TuneOptions) -> None:
+    """`mezo tune`."""
+    _quiet()
+    name = config.metric_for_best_model
+    trials = run_tune(dataclasses.replace(config, disable_tqdm=True), options, lambda t: print(_line(t, name)))
+    table = Table("learning_rate", "epsilon", "steps", name, "folder")
+    for trial in trials:
+        value = "diverged" if trial.metric is None else f"{trial.metric:.4f}"
+        table.add_row(f"{trial.learning_rate:g}", f"{trial.epsilon:g}", str(trial.steps), value, trial.output_dir)
+    Console().print(table)
+    best = trials[0]
+    if best.metric is None:
+        raise UserError("every candidate diverged; try smaller learning rates")
+    print(
+        f"best: {best.output_dir}; to go on from there, the same options with more --max_steps and --learning_rate "
+        f"{best.learning_rate:g} --epsilon {best.epsilon:g} --output_dir {best.output_dir} --resume_from_checkpoint"
+    )
+
+
+def _line(trial: Trial, name: str) -> str:
+    value = "diverged" if trial.metric is None else f"{name} {trial.metric:.4f}"
+    return f"learning_rate {trial.learning_rate:g}, epsilon {trial.epsilon:g}, {trial.steps} steps: {value}"
 
 
 def evaluate(options: EvalOptions) -> None:

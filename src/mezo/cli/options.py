@@ -108,3 +108,20 @@ class MergeOptions:
 @dataclass(frozen=True, kw_only=True)
 class PresetsOptions:
     """No options."""
+
+
+@dataclass(frozen=True)
+class TuneOptions:
+    """Tries learning rates and epsilons in short runs, of which the better ones go on; prints what to run next.
+
+    Args:
+        learning_rates: Candidates; the preset's if there is one, else four around learning_rate, half a decade apart.
+        epsilons: Candidates; epsilon alone if not given.
+        rounds: Rounds of successive halving; 1 trains every candidate to the end.
+        reduction: One of so many candidates goes on after a round, and the next round has so many times the steps.
+    """
+
+    learning_rates: tuple[float, ...] = ()
+    epsilons: tuple[float, ...] = ()
+    rounds: int = 3
+    reduction: int = 3
