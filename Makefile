@@ -14,7 +14,7 @@ setup: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cpu,demo,dev,plot]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cpu,demo,dev,docs,lm-eval,plot]'
 	touch $@
 
 demo: setup

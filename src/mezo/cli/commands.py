@@ -91,11 +91,42 @@ def evaluate(options: EvalOptions) -> None:
     _quiet()
     names = {f.name for f in dataclasses.fields(MeZOConfig)}
     values = {key: value for key, value in dataclasses.asdict(options).items() if key in names}
+    if options.reward_funcs:
+        values["objective"] = "reward"
+    if options.lm_eval:
+        return _harness(MeZOConfig.from_dict(values), options)
     metrics = api.eval_model(MeZOConfig.from_dict(values), options.adapter_name_or_path)
     if options.json:
         print(json.dumps(metrics.measured))
     else:
         _print_metrics(metrics)
+
+
+def _harness(config: MeZOConfig, options: EvalOptions) -> None:
+    from mezo.harness import evaluate_with_harness
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    figures = evaluate_with_harness(
+        config,
+        options.lm_eval or [],
+        adapter=options.adapter_name_or_path,
+        include_path=options.lm_eval_include_path,
+        num_fewshot=options.num_demonstrations,
+    )
+    if options.json:
+        for figure in figures:
+            print(json.dumps(dataclasses.asdict(figure)))
+        return
+    table = Table("task", "metric", "base", "trained")
+    for f in figures:
+        table.add_row(f.task, f.metric, _with_error(f.base, f.base_stderr), _with_error(f.trained, f.trained_stderr))
+    Console().print(table)
+
+
+def _with_error(value: float | None, error: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4f}" + (f" ± {error:.4f}" if error is not None else "")
 
 
 def replay(options: ReplayOptions) -> None:

@@ -30,6 +30,9 @@ class EvalOptions:
         label_column: Column that holds the label.
         max_length: Longest input in tokens.
         max_new_tokens: Longest generated answer in tokens, where answers are generated.
+        reward_funcs: Functions that judge generated texts, as in `mezo train`.
+        lm_eval: Tasks of lm-evaluation-harness to evaluate instead, without and with the adapter.
+        lm_eval_include_path: Folder with tasks of one's own for it.
         per_device_eval_batch_size: Examples in a forward pass.
         dtype: Weights' type.
         use_cpu: Stay on the CPU even if there is a GPU.
@@ -53,6 +56,9 @@ class EvalOptions:
     label_column: str = "label"
     max_length: int | None = None
     max_new_tokens: int = 50
+    reward_funcs: list[str] | None = None
+    lm_eval: list[str] | None = None
+    lm_eval_include_path: str | None = None
     per_device_eval_batch_size: int = 64
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     use_cpu: bool = False
