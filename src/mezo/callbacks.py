@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 
@@ -59,8 +60,21 @@ def callback_handler(
     return CallbackHandler([DefaultFlowCallback(), *trackers, *progress, *callbacks], model, tokenizer, None, None)
 
 
+_BARS = "▁▂▃▄▅▆▇█"
+_SPARKS = 16  # characters
+
+
+def sparkline(values: Sequence[float]) -> str:
+    """The last values as bars between their lowest and highest."""
+    shown = [v for v in values[-_SPARKS:] if math.isfinite(v)]
+    if not shown:
+        return ""
+    low, span = min(shown), (max(shown) - min(shown)) or 1.0
+    return "".join(_BARS[int((v - low) / span * (len(_BARS) - 1) + 0.5)] for v in shown)
+
+
 class ProgressCallback(TrainerCallback):
-    """A bar with step, loss, projected_grad, tokens per second and time left; one line per evaluation above it."""
+    """A bar with step, loss and its history, projected_grad, tokens per second; one line per evaluation above it."""
 
     def __init__(self) -> None:
         console = Console(stderr=True)
@@ -77,6 +91,7 @@ class ProgressCallback(TrainerCallback):
         )
         self._task: TaskID | None = None
         self._shown = 0.0
+        self._losses: list[float] = []
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
@@ -106,12 +121,14 @@ class ProgressCallback(TrainerCallback):
             return
         if "loss" in logs:
             rate = logs.get("tokens_per_second", 0.0)
-            figures = f"loss {logs['loss']:.4f}  projected_grad {logs['projected_grad']:+.3g}  {rate:,.0f} tokens/s"
+            self._losses.append(logs["loss"])
+            loss = f"loss {sparkline(self._losses)} {logs['loss']:.4f}"
+            figures = f"{loss}  projected_grad {logs['projected_grad']:+.3g}  {rate:,.0f} tokens/s"
             if logs.get("reuse_percent"):
                 figures += f"  reuse {logs['reuse_percent']:.0f} %, {logs['seconds_saved']:,.0f} s saved"
             self._progress.update(self._task, figures=figures)
         if "eval_loss" in logs:
-            figures = f"eval_loss {logs['eval_loss']:.4f}  eval_accuracy {logs['eval_accuracy']:.4f}"
+            figures = "  ".join(f"{name} {value:.4f}" for name, value in logs.items() if name.startswith("eval_"))
             self._progress.console.print(f"step {state.global_step}: {figures}", highlight=False)
 
     def on_train_end(
