@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import math
 import warnings
@@ -343,7 +342,8 @@ def summary(run: str | Path) -> dict[str, object]:
         facts |= reuse_entry(asked, sum(records[0].computed_tokens for records in steps))
     state_path = path.parent / checkpoint.STATE_NAME
     if state_path.exists():
-        logged = [e["seconds_saved"] for e in json.loads(state_path.read_text())["log_history"] if "seconds_saved" in e]
+        history = checkpoint.read_state(state_path, len(steps)).log_history
+        logged = [entry["seconds_saved"] for entry in history if "seconds_saved" in entry]
         facts |= {"seconds_saved": logged[-1]} if logged else {}
     return facts
 
@@ -359,9 +359,7 @@ def _final_step(run: Path, config: MeZOConfig, num_steps: int) -> int:
     """With `load_best_model_at_end` the final weights are those of the best step, which only the state file names."""
     state_path = run / checkpoint.STATE_NAME
     if config.load_best_model_at_end and state_path.exists():
-        from transformers import TrainerState
-
-        return TrainerState.load_from_json(str(state_path)).best_global_step or num_steps
+        return checkpoint.read_state(state_path, num_steps).best_global_step or num_steps
     return num_steps
 
 
