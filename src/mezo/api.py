@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
+from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from mezo import checkpoint, journal
@@ -28,7 +30,7 @@ from mezo.engines.torch.loading import LoadedModel, is_encoder, load_model, load
 from mezo.engines.torch.optimizer import make_optimizer
 from mezo.errors import JournalError, UserError
 from mezo.evaluation import Metrics, evaluate
-from mezo.fingerprint import checkpoint_digest
+from mezo.fingerprint import checkpoint_digest, hub_file
 from mezo.header import make_header
 from mezo.objective import Example
 from mezo.tasks import load_task
@@ -280,7 +282,12 @@ def trainable_engine(
 
 
 def replay(
-    run: str | Path, output_dir: str | Path, *, model_name_or_path: str | None = None, step: int | None = None
+    run: str | Path,
+    output_dir: str | Path,
+    *,
+    model_name_or_path: str | None = None,
+    step: int | None = None,
+    trust_remote_code: bool = False,
 ) -> Path:
     """Rebuilds trained weights from the base model and the journal alone.
 
@@ -289,12 +296,13 @@ def replay(
         output_dir: folder for the weights; must not exist.
         model_name_or_path: the base model, if it has moved since.
         step: how many steps to apply; if not given, as many as the run's final weights hold.
+        trust_remote_code: run modelling code that comes with the model; what the journal says of it does not count.
     """
     path = Path(run) / checkpoint.JOURNAL_NAME if Path(run).is_dir() else Path(run)
     contents = journal.read(path)
     if contents.dropped_bytes:
         logger.warning("left out a torn record of %d bytes at the end of the journal", contents.dropped_bytes)
-    config = dataclasses.replace(journal_config(contents), engine="torch")
+    config = dataclasses.replace(journal_config(contents), engine="torch", trust_remote_code=trust_remote_code)
     if model_name_or_path is not None:
         config = dataclasses.replace(config, model_name_or_path=model_name_or_path)
     count = _final_step(path.parent, config, len(contents.steps)) if step is None else step
@@ -415,8 +423,15 @@ def _filled_in(config: MeZOConfig, recorded: MeZOConfig) -> MeZOConfig:
 def load_adapter(model: PreTrainedModel, adapter: str | Path) -> PeftModel:
     """A PEFT adapter from a folder on a loaded base model, in eval mode; its parameters are the trained ones."""
     try:
+        if hub_file(str(adapter), SAFETENSORS_WEIGHTS_NAME) is None:  # PEFT would look for pickled ones
+            raise UserError(
+                f"adapter_name_or_path {str(adapter)!r}: no {SAFETENSORS_WEIGHTS_NAME}; pickled weights "
+                "(adapter_model.bin) can run code and are not loaded"
+            )
         return PeftModel.from_pretrained(model, str(adapter), is_trainable=True).eval()
-    except (OSError, ValueError) as error:
+    except UserError:
+        raise
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"adapter_name_or_path {str(adapter)!r}: {str(error).splitlines()[0]}") from None
 
 
