@@ -154,6 +154,29 @@ def test_a_journal_cut_anywhere_in_its_last_two_records_goes_on_exactly(finished
         resume(lambda run, n=size - cut_off: cut(run / "journal", n))
 
 
+def test_a_journal_cut_off_in_its_header_is_begun_anew_and_nothing_else_is(finished, resume, tmp_path):
+    contents, data = journal.read(finished / "journal"), (finished / "journal").read_bytes()
+    header_size = contents.valid_bytes - STEPS * journal.RECORD_SIZE
+    path = tmp_path / "journal"
+    for size in range(header_size):
+        path.write_bytes(data[:size])
+        journal.Journal.create(path, contents.header).close()
+        assert journal.read(path).header == contents.header
+    for other in (data[:header_size], data, b"notes", bytes(20), b"MEZOJRNL\xff\xff\xff\xff"):
+        path.write_bytes(other)
+        with pytest.raises(JournalError, match="exists already"):
+            journal.Journal.create(path, contents.header)
+        assert path.read_bytes() == other
+
+    def damage(run):
+        for folder in run.glob("checkpoint-*"):
+            shutil.rmtree(folder)
+        (run / "trainer_state.json").unlink()
+        cut(run / "journal", 30)
+
+    resume(damage)
+
+
 @pytest.mark.parametrize("kept", [0, 1, 40, 64])
 @pytest.mark.parametrize("zeros", [64, 100, 4096])
 def test_zeros_where_data_had_not_reached_the_disk_are_a_torn_tail(tmp_path, finished, kept, zeros):

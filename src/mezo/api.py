@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import math
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -140,6 +141,7 @@ def build_trainer(
     train_rows: list[Row] = list(splits.train)
     encoder = make_encoder(train_rows, config, model_config, tokenizer, encoder_model=encoder_model, training=True)
     train_examples = encoder(train_rows)
+    _check_balance(encoder.labels, train_examples)
     eval_examples: list[Example] | None = None
     if splits.evaluation is not None:
         _check_columns(splits.train, splits.evaluation)
@@ -189,6 +191,19 @@ def _check_columns(train: Dataset, evaluation: Dataset) -> None:
     missing = sorted(set(train.column_names) - set(evaluation.column_names))
     if missing:
         raise UserError(f"evaluation rows lack column {missing[0]!r}; found {', '.join(evaluation.column_names)}")
+
+
+def _check_balance(labels: Sequence[str], examples: Sequence[Example]) -> None:
+    """Warns of a label that no training row has, or that nearly all have."""
+    counts = Counter(labels[e.label] for e in examples if labels and e.label is not None)
+    if not counts:
+        return
+    missing = [label for label in labels if label not in counts]
+    most, count = counts.most_common(1)[0]
+    if missing:
+        logger.warning("no training row has label %s; the model will hardly ever give it", ", ".join(missing))
+    elif count > 0.9 * counts.total():
+        logger.warning("%d of %d training rows have label %s; accuracy says little then", count, counts.total(), most)
 
 
 def _answerable(config: MeZOConfig, examples: list[Example]) -> list[Example]:

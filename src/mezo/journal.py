@@ -87,6 +87,16 @@ def read(path: str | os.PathLike[str]) -> Contents:
     return Contents(header, steps, valid_bytes, len(data) - valid_bytes)
 
 
+def is_cut_off(path: Path) -> bool:
+    """Whether the file ends within its header, so that nothing was trained yet."""
+    data = path.read_bytes()
+    if not data.startswith(MAGIC):
+        return MAGIC.startswith(data)
+    start = len(MAGIC) + _LENGTH.size
+    length: int = _LENGTH.unpack_from(data.ljust(start, b"\0"), len(MAGIC))[0]
+    return length <= _MAX_HEADER and len(data) < start + length + _CRC.size
+
+
 class Journal:
     """A journal open for appending, locked against other processes."""
 
@@ -97,13 +107,13 @@ class Journal:
 
     @classmethod
     def create(cls, path: Path, header: JsonObject) -> Journal:
-        """Starts a new journal; an existing file is an error."""
-        try:
-            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o644)
-        except FileExistsError:
-            raise JournalError(f"{path}: a journal exists already") from None
-        journal = cls(path, fd, 0)
+        """Starts a new journal; an existing file is an error, unless it is cut off in its header."""
+        journal = cls(path, os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), 0)
         journal._lock()
+        if not is_cut_off(path):
+            journal.close()
+            raise JournalError(f"{path}: a journal exists already")
+        os.ftruncate(journal._fd, 0)
         text = json.dumps(header, sort_keys=True).encode()
         start = MAGIC + _LENGTH.pack(len(text)) + text
         journal._write(start + _CRC.pack(zlib.crc32(start)))

@@ -27,6 +27,8 @@ from mezo.objective import Example, batch_loss
 
 logger = logging.getLogger(__name__)
 
+FLAT_STEPS = 100
+
 
 @dataclass(frozen=True)
 class TrainResult:
@@ -102,6 +104,7 @@ class MeZOTrainer:
         self._log_time = time.perf_counter()
         self._asked, self._computed = 0, 0  # tokens of all steps
         self._token_seconds = math.inf  # of the step that computed its tokens fastest
+        self._flat_steps = 0  # in a row that taught nothing; stays where the warning was given
         self._unfinished_step = False  # resumed behind a step whose log, evaluation or checkpoint may be missing
 
     # --- the step ---------------------------------------------------------------------------------------------------
@@ -119,6 +122,7 @@ class MeZOTrainer:
         records = self._records(examples, outcomes if self._clip is None else self._clip(outcomes), computed)
         if not all(map(is_finite, records)):
             raise NonFiniteLossError(self._non_finite_message(step, losses_PN.isfinite().all(dim=0).tolist()))
+        self._watch_for_flat_losses(records)
         assert self._journal is not None
         self._journal.append(records)
         self.engine.update(records)
@@ -317,7 +321,7 @@ class MeZOTrainer:
             self.run.mkdir(parents=True, exist_ok=True)
         except FileExistsError:
             raise UserError(f"output_dir {str(self.run)!r} is a file") from None
-        if self._journal_path.exists():
+        if self._journal_path.exists() and not journal.is_cut_off(self._journal_path):
             if not self.config.resume_from_checkpoint:
                 raise UserError(
                     f"output_dir {str(self.run)!r} holds a run already; resume_from_checkpoint goes on with it, "
@@ -401,13 +405,29 @@ class MeZOTrainer:
     def _event(self, name: str) -> None:
         self.control = getattr(self.callbacks, name)(self.args, self.state, self.control)
 
+    def _watch_for_flat_losses(self, records: Sequence[Record]) -> None:
+        """Says once that many steps in a row saw the same loss on all sides."""
+        if self._flat_steps < FLAT_STEPS:
+            self._flat_steps = 0 if any(r.coefficient for r in records) else self._flat_steps + 1
+            if self._flat_steps == FLAT_STEPS:
+                logger.warning(
+                    "projected_grad was 0 in %d steps in a row: the losses on all sides are equal and nothing is "
+                    "learned; raise epsilon (%g), use dtype float32 or look at the rows",
+                    FLAT_STEPS, self.config.epsilon,
+                )  # fmt: skip
+
     def _non_finite_message(self, step: int, finite: list[bool]) -> str:
         rows = [i for i, good in zip(self.sampler(step), finite, strict=True) if not good]
         listed = ", ".join(map(str, rows[:8])) + (" …" if len(rows) > 8 else "")
+        shown = ""
+        if rows:
+            ids = self.train_examples[rows[0]].sequences[0].input_ids
+            text = self.engine.tokenizer.decode(ids, skip_special_tokens=True)
+            shown = f" Row {rows[0]} begins {' '.join(text.split())[:60]!r}."
         return (
             f"the loss of step {step} is not finite for training rows {listed or '(their mean overflows)'}; the "
             f"weights are those after {step} steps, saved in checkpoint-{step}. Lower learning_rate or epsilon, or "
-            "look at these rows."
+            f"look at these rows.{shown}"
         )
 
 
