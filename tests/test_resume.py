@@ -220,7 +220,7 @@ def test_the_best_checkpoint_is_kept_and_can_be_the_result(model_folder, tmp_pat
 
 @pytest.mark.parametrize(
     ("space", "num_kills", "steps"),
-    [("full", 20, 1500), ("low-rank", 6, 500), ("lora-adam", 6, 400), ("lora-clipped", 6, 500), ("prefix", 6, 500)],
+    [("full", 20, 1500), ("low-rank", 6, 300), ("lora-adam", 6, 300), ("prefix", 6, 300)],
 )
 def test_kills_at_random_instants_change_nothing(model_folder, tmp_path, jsonl, space, num_kills, steps):
     model, data = model_folder("bert"), jsonl(SENTIMENT_ROWS)
