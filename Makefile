@@ -1,6 +1,6 @@
 # make setup   .venv with mezo and everything its tests and demo need
 # make demo    fine-tune a real sentence encoder on a small text set, offline
-# make test    tests        make check   lint, types, links        make bench   CPU benchmark
+# make test    tests        make check   lint, types, security, links        make bench   CPU benchmark
 # make test-sglang   tests with SGLang's real engine on a CPU
 
 PYTHON ?= python3
@@ -41,6 +41,7 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/mypy --python-version 3.12
+	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive src/mezo
 	$(BIN)/python tests/check_links.py
 
 bench: setup

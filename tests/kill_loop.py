@@ -1,6 +1,7 @@
-"""Trains in child processes that are killed by SIGKILL at random instants, until enough kills; then lets one finish.
+"""Trains in child processes that are ended at random instants, until enough of them were; then lets one finish.
 
 Usage: python tests/kill_loop.py CONFIG.json NUM_KILLS SEED. Imports once and forks, so that a round costs no start-up.
+Signals take turns: SIGKILL, SIGTERM, SIGINT (Ctrl-C). Prints how many children were ended.
 """
 
 import json
@@ -9,41 +10,70 @@ import random
 import signal
 import sys
 import time
+import traceback
 
 import torch
 
 from mezo import api
 from mezo.config import MeZOConfig
 
+SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 
-def train(options: dict[str, object]) -> None:
-    api.build_trainer(MeZOConfig.from_dict(options)).train()
+
+def train(options: dict[str, object]) -> int:
+    """Exit status of a child, as the command line's."""
+    try:
+        api.build_trainer(MeZOConfig.from_dict(options)).train()
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def ended(child: int, deadline: float) -> int | None:
+    """The child's wait status, or None if it still runs at the deadline."""
+    while time.monotonic() < deadline:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return status
+        time.sleep(0.002)
+    return None
+
+
+def run(options: dict[str, object], num_kills: int, generator: random.Random, longest: float = 1.2) -> int:
+    """Ends children within `longest` seconds after their start; returns how many were ended before one finished."""
+    kills = 0
+    while True:
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                status = train(options)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stderr.flush()
+                os._exit(status)
+        wait = generator.uniform(0.1, longest) if kills < num_kills else 600
+        status = ended(child, time.monotonic() + wait)
+        if status is None:
+            os.kill(child, SIGNALS[kills % len(SIGNALS)])
+            status = ended(child, time.monotonic() + 60)
+            # Whatever the status: Ctrl-C inside another library's import may come back as an ImportError.
+            if status is None:
+                raise SystemExit(f"{SIGNALS[kills % len(SIGNALS)].name} did not end a child")
+            kills += 1
+        elif status:
+            raise SystemExit(f"a round failed with wait status {status}")
+        else:
+            return kills
 
 
 def main() -> None:
     with open(sys.argv[1]) as file:
         options = json.load(file)
     torch.set_num_threads(1)  # as in the tests: the last bits of a forward pass depend on the number of threads
-    num_kills, generator = int(sys.argv[2]), random.Random(int(sys.argv[3]))
-    kills = 0
-    while True:
-        child = os.fork()
-        if child == 0:
-            train(options)
-            os._exit(0)
-        deadline = time.monotonic() + (generator.uniform(0.2, 1.2) if kills < num_kills else 600)
-        done = 0
-        while done == 0 and time.monotonic() < deadline:
-            time.sleep(0.002)
-            done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            if status:
-                raise SystemExit(f"a round failed with status {status}")
-            break
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        kills += 1
-    print(kills)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a background job
+    print(run(options, int(sys.argv[2]), random.Random(int(sys.argv[3]))))
 
 
 if __name__ == "__main__":

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import math
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
+from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from mezo import checkpoint, journal
@@ -30,7 +32,7 @@ from mezo.engines.torch.loading import LoadedModel, is_encoder, load_model, load
 from mezo.engines.torch.optimizer import make_optimizer
 from mezo.errors import JournalError, UserError
 from mezo.evaluation import Metrics, evaluate
-from mezo.fingerprint import checkpoint_digest
+from mezo.fingerprint import checkpoint_digest, hub_file
 from mezo.header import make_header
 from mezo.objective import Example
 from mezo.tasks import load_task
@@ -152,6 +154,7 @@ def build_trainer(
     encoder = make_encoder(train_rows, config, model_config, tokenizer, encoder_model=encoder_model, training=True)
     train_examples = encoder(train_rows)
     _check_objective(config, train_examples)
+    _check_balance(encoder.labels, train_examples)
     eval_examples: list[Example] | None = None
     if splits.evaluation is not None:
         _check_columns(splits.train, splits.evaluation)
@@ -202,6 +205,19 @@ def _check_columns(train: Dataset, evaluation: Dataset) -> None:
     missing = sorted(set(train.column_names) - set(evaluation.column_names))
     if missing:
         raise UserError(f"evaluation rows lack column {missing[0]!r}; found {', '.join(evaluation.column_names)}")
+
+
+def _check_balance(labels: Sequence[str], examples: Sequence[Example]) -> None:
+    """Warns of a label that no training row has, or that nearly all have."""
+    counts = Counter(labels[e.label] for e in examples if labels and e.label is not None)
+    if not counts:
+        return
+    missing = [label for label in labels if label not in counts]
+    most, count = counts.most_common(1)[0]
+    if missing:
+        logger.warning("no training row has label %s; the model will hardly ever give it", ", ".join(missing))
+    elif count > 0.9 * counts.total():
+        logger.warning("%d of %d training rows have label %s; accuracy says little then", count, counts.total(), most)
 
 
 def _answerable(config: MeZOConfig, examples: list[Example]) -> list[Example]:
@@ -303,7 +319,12 @@ def trainable_engine(
 
 
 def replay(
-    run: str | Path, output_dir: str | Path, *, model_name_or_path: str | None = None, step: int | None = None
+    run: str | Path,
+    output_dir: str | Path,
+    *,
+    model_name_or_path: str | None = None,
+    step: int | None = None,
+    trust_remote_code: bool = False,
 ) -> Path:
     """Rebuilds trained weights from the base model and the journal alone.
 
@@ -312,12 +333,13 @@ def replay(
         output_dir: folder for the weights; must not exist.
         model_name_or_path: the base model, if it has moved since.
         step: how many steps to apply; if not given, as many as the run's final weights hold.
+        trust_remote_code: run modelling code that comes with the model; what the journal says of it does not count.
     """
     path = Path(run) / checkpoint.JOURNAL_NAME if Path(run).is_dir() else Path(run)
     contents = journal.read(path)
     if contents.dropped_bytes:
         logger.warning("left out a torn record of %d bytes at the end of the journal", contents.dropped_bytes)
-    config = dataclasses.replace(journal_config(contents), engine="torch")
+    config = dataclasses.replace(journal_config(contents), engine="torch", trust_remote_code=trust_remote_code)
     if model_name_or_path is not None:
         config = dataclasses.replace(config, model_name_or_path=model_name_or_path)
     count = _final_step(path.parent, config, len(contents.steps)) if step is None else step
@@ -365,7 +387,8 @@ def summary(run: str | Path) -> dict[str, object]:
         facts |= reuse_entry(asked, sum(records[0].computed_tokens for records in steps))
     state_path = path.parent / checkpoint.STATE_NAME
     if state_path.exists():
-        logged = [e["seconds_saved"] for e in json.loads(state_path.read_text())["log_history"] if "seconds_saved" in e]
+        history = checkpoint.read_state(state_path, len(steps)).log_history
+        logged = [entry["seconds_saved"] for entry in history if "seconds_saved" in entry]
         facts |= {"seconds_saved": logged[-1]} if logged else {}
     return facts
 
@@ -381,9 +404,7 @@ def _final_step(run: Path, config: MeZOConfig, num_steps: int) -> int:
     """With `load_best_model_at_end` the final weights are those of the best step, which only the state file names."""
     state_path = run / checkpoint.STATE_NAME
     if config.load_best_model_at_end and state_path.exists():
-        from transformers import TrainerState
-
-        return TrainerState.load_from_json(str(state_path)).best_global_step or num_steps
+        return checkpoint.read_state(state_path, num_steps).best_global_step or num_steps
     return num_steps
 
 
@@ -439,8 +460,15 @@ def _filled_in(config: MeZOConfig, recorded: MeZOConfig) -> MeZOConfig:
 def load_adapter(model: PreTrainedModel, adapter: str | Path) -> PeftModel:
     """A PEFT adapter from a folder on a loaded base model, in eval mode; its parameters are the trained ones."""
     try:
+        if hub_file(str(adapter), SAFETENSORS_WEIGHTS_NAME) is None:  # PEFT would look for pickled ones
+            raise UserError(
+                f"adapter_name_or_path {str(adapter)!r}: no {SAFETENSORS_WEIGHTS_NAME}; pickled weights "
+                "(adapter_model.bin) can run code and are not loaded"
+            )
         return PeftModel.from_pretrained(model, str(adapter), is_trainable=True).eval()
-    except (OSError, ValueError) as error:
+    except UserError:
+        raise
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"adapter_name_or_path {str(adapter)!r}: {str(error).splitlines()[0]}") from None
 
 

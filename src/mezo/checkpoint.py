@@ -1,18 +1,25 @@
-"""Folders that appear whole or not at all, their rotation, and the model card."""
+"""Folders that appear whole or not at all, checkpoints with checksums, their rotation."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import xxhash
+from transformers import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from mezo.errors import UserError
 
 JOURNAL_NAME = "journal"
 STATE_NAME = "trainer_state.json"
+CHECKSUMS_NAME = "checksums.json"
 _CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
 
 
@@ -43,6 +50,47 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
     _sync(folder.parent)
+
+
+def write_checkpoint(folder: Path, write: Callable[[Path], None]) -> None:
+    """As `write_folder`, with the hashes of all files beside them."""
+
+    def write_sealed(partial: Path) -> None:
+        write(partial)
+        text = json.dumps(_checksums(partial), indent=2, sort_keys=True)
+        (partial / CHECKSUMS_NAME).write_text(text + "\n")
+
+    write_folder(folder, write_sealed)
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether all files of a checkpoint are there and are what was written."""
+    try:
+        recorded = json.loads((folder / CHECKSUMS_NAME).read_bytes())
+        present = _checksums(folder)
+        return isinstance(recorded, dict) and bool(recorded) and recorded.items() <= present.items()
+    except (OSError, ValueError, RecursionError):
+        return False
+
+
+def read_state(path: Path, last_step: int) -> TrainerState:
+    """What a trainer_state.json says of the steps up to `last_step`. It names no paths that anyone follows.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    try:
+        state = TrainerState.load_from_json(str(path))
+        state.log_history = [entry for entry in state.log_history if int(entry["step"]) <= last_step]
+        best = state.best_global_step
+        if best is not None and int(best) > last_step:
+            best = state.best_metric = None
+        state.best_global_step = None if best is None else int(best)
+        state.global_step = min(int(state.global_step), last_step)
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({type(error).__name__})") from None
+    state.best_model_checkpoint = None
+    return state
 
 
 def write_files(folder: Path, write: Callable[[Path], None]) -> None:
@@ -93,6 +141,15 @@ def _naming(path: Path) -> Iterator[None]:
         if number is None:
             raise
         raise OSError(number, f"{os.strerror(number)} while writing", str(path)) from error
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    found = {}
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and path.name != CHECKSUMS_NAME:
+            with path.open("rb") as file:
+                found[path.name] = hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
+    return found
 
 
 def _sync(path: Path) -> None:

@@ -319,10 +319,10 @@ def coerced(name: str, value: object, hint: object) -> Any:
     if get_origin(wanted) is list and isinstance(value, Sequence):
         (kind,) = get_args(wanted)
         entries = [value] if isinstance(value, str) else value
-        with contextlib.suppress(TypeError, ValueError):
+        with contextlib.suppress(TypeError, ValueError, OverflowError):
             return [kind(entry) for entry in entries]
     if wanted is float and not isinstance(value, bool):
-        with contextlib.suppress(TypeError, ValueError):
+        with contextlib.suppress(TypeError, ValueError, OverflowError):
             return float(value)  # type: ignore[arg-type]
     if isinstance(wanted, type) and type(value) is wanted:
         return value

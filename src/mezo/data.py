@@ -138,10 +138,28 @@ def load_rows(source: TrainData, dataset_config: str | None, *splits: str) -> Da
     elif isinstance(source, (str, Path)):
         rows = _load_named(str(source), dataset_config, splits)
     else:
-        rows = Dataset.from_list(list(source))
+        rows = _from_memory(source)
+    name = source if isinstance(source, (str, Path)) else "the data set"
     if len(rows) == 0:
-        raise UserError(f"{source if isinstance(source, (str, Path)) else 'the data set'} holds no rows")
+        raise UserError(f"{name} holds no rows")
+    try:
+        rows[0]
+    except (KeyError, ValueError) as error:  # column names that Arrow cannot tell apart
+        raise UserError(f"{name}: columns cannot be read ({_first_line(error)})") from None
     return rows
+
+
+def _from_memory(source: Sequence[Row]) -> Dataset:
+    if not all(isinstance(row, dict) for row in source):
+        raise UserError("rows in memory must be dicts of column names and values")
+    try:
+        return Dataset.from_list(list(source))
+    except (TypeError, ValueError, KeyError, OverflowError) as error:
+        raise UserError(f"rows in memory do not fit together: {_first_line(error)}") from None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _load_named(name: str, dataset_config: str | None, splits: Sequence[str]) -> Dataset:
@@ -157,8 +175,8 @@ def _load_named(name: str, dataset_config: str | None, splits: Sequence[str]) ->
                 return _load_file(path_files[split])
     try:
         found = load_dataset(name, dataset_config)
-    except (DatasetsError, OSError, ValueError) as error:
-        raise UserError(f"dataset_name {name!r}: {str(error).strip().splitlines()[0]}") from None
+    except (DatasetsError, OSError, ValueError, KeyError) as error:
+        raise UserError(f"dataset_name {name!r}: {_first_line(error)}") from None
     return _split(found, splits, repr(name))
 
 
@@ -184,11 +202,11 @@ def _load_file(path: Path) -> Dataset:
     options = {"sep": "\t"} if ".tsv" in path.suffixes else {}
     try:
         return load_dataset(builder, data_files=str(path), split="train", **options)
-    except (DatasetsError, OSError, ValueError, TypeError) as error:
+    except (DatasetsError, OSError, ValueError, TypeError, KeyError) as error:
         cause = error.__cause__ or error
         if "corresponds to no data" in str(cause):
             raise UserError(f"{path} holds no rows") from None
-        raise UserError(f"{path}: {str(cause).strip().splitlines()[0]}") from None
+        raise UserError(f"{path}: {_first_line(cause)}") from None
 
 
 def _check_json_lines(path: Path) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from jinja2 import TemplateError
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from mezo.config import GENERATING, MeZOConfig, label_key
@@ -223,9 +224,8 @@ def _classification(
     found = {label_key(row[config.label_column]) for row in rows if row[config.label_column] is not None}
     names = tuple(labels) if labels is not None else tuple(sorted(found, key=label_order))
     if len(names) < 2:
-        raise UserError(
-            f"column {config.label_column!r} holds a single label, {names[0]!r}: there is nothing to classify"
-        )
+        found_labels = f"a single label, {names[0]!r}" if names else "no label"
+        raise UserError(f"column {config.label_column!r} holds {found_labels}: there is nothing to classify")
 
     def encode(row: Row) -> Example:
         ids = tokens.encoder_text(fill(template, row))
@@ -313,8 +313,8 @@ def _language_model(tokens: _Tokens, row: Row) -> Example:
 
 def _messages(tokens: _Tokens) -> Encoder:
     def encode(row: Row) -> Example:
-        messages = row["messages"]
-        if not isinstance(messages, list) or not messages or messages[-1].get("role") != "assistant":
+        messages = _turns(row, "messages")
+        if messages[-1]["role"] != "assistant":
             raise UserError("messages must be a list that ends with an assistant's message")
         return _chat(tokens, messages[:-1], messages)
 
@@ -323,11 +323,17 @@ def _messages(tokens: _Tokens) -> Encoder:
 
 def _conversations(tokens: _Tokens) -> Encoder:
     def encode(row: Row) -> Example:
-        prompt, completion = row["prompt"], row["completion"]
-        assert isinstance(prompt, list) and isinstance(completion, list)
-        return _chat(tokens, prompt, prompt + completion)
+        prompt = _turns(row, "prompt")
+        return _chat(tokens, prompt, prompt + _turns(row, "completion"))
 
     return Encoder("completion of a conversation", "causal_lm", (), tokens, encode)
+
+
+def _turns(row: Row, column: str) -> list[Row]:
+    turns = row[column]
+    if not isinstance(turns, list) or not turns or not all(isinstance(t, dict) and t.get("role") for t in turns):
+        raise UserError(f"column {column!r} must hold a list of messages with role and content, got {turns!r}")
+    return turns
 
 
 def _chat(tokens: _Tokens, prompt: list[Row], whole: list[Row]) -> Example:
@@ -342,7 +348,12 @@ def _rendered(tokens: _Tokens, messages: list[Row], *, add_generation_prompt: bo
     """A conversation as text. The template writes its own start token; the tokenizer must not add a second one."""
     if tokens.tokenizer.chat_template is None:
         raise UserError("the model's tokenizer has no chat template; use columns of text")
-    text = tokens.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+    try:
+        text = tokens.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+    except (TemplateError, TypeError, ValueError) as error:
+        raise UserError(f"the chat template does not take these messages: {error}") from None
     assert isinstance(text, str)
     bos = tokens.tokenizer.bos_token
     return text.removeprefix(bos) if tokens.prefix and bos is not None else text

@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.utils import cached_file
@@ -14,7 +13,7 @@ from transformers.utils import cached_file
 from mezo.engines.torch.space import TensorHasher
 from mezo.errors import UserError
 
-_NAMES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+_NAMES = ("model.safetensors", "model.safetensors.index.json")
 
 
 def checkpoint_digest(model_name_or_path: str, revision: str = "main") -> str:
@@ -24,7 +23,7 @@ def checkpoint_digest(model_name_or_path: str, revision: str = "main") -> str:
     """
     hasher = TensorHasher()
     try:
-        for name, tensor in _tensors(_weight_files(model_name_or_path, revision)):
+        for name, tensor in _tensors(weight_files(model_name_or_path, revision)):
             hasher.update(name, tensor)
     except SafetensorError as error:
         raise UserError(f"model_name_or_path {model_name_or_path!r}: {error}") from None
@@ -33,12 +32,7 @@ def checkpoint_digest(model_name_or_path: str, revision: str = "main") -> str:
 
 def checkpoint_tensor(model_name_or_path: str, revision: str, name: str) -> Tensor | None:
     """One tensor of a checkpoint by name, or None."""
-    for file in _weight_files(model_name_or_path, revision):
-        if file.suffix == ".bin":
-            tensors: dict[str, Tensor] = torch.load(file, weights_only=True, mmap=True)
-            if name in tensors:
-                return tensors[name]
-            continue
+    for file in weight_files(model_name_or_path, revision):
         with safe_open(file, framework="pt") as handle:
             if name in handle.keys():  # noqa: SIM118
                 tensor: Tensor = handle.get_tensor(name)
@@ -46,22 +40,43 @@ def checkpoint_tensor(model_name_or_path: str, revision: str, name: str) -> Tens
     return None
 
 
-def _weight_files(model_name_or_path: str, revision: str) -> list[Path]:
+def weight_files(model_name_or_path: str, revision: str) -> list[Path]:
+    """The safetensors files of a checkpoint.
+
+    Raises:
+        UserError: there are none, or one is missing. Pickled weights can run code when they are loaded; they never are.
+    """
     for name in _NAMES:
-        found = _file(model_name_or_path, name, revision)
+        found = hub_file(model_name_or_path, name, revision)
         if found is None:
             continue
         if found.suffix != ".json":
             return [found]
-        shards = sorted(set(json.loads(found.read_text())["weight_map"].values()))
-        paths = [_file(model_name_or_path, shard, revision) for shard in shards]
+        shards = _shards(found)
+        paths = [hub_file(model_name_or_path, shard, revision) for shard in shards]
         if None in paths:
             raise UserError(f"model_name_or_path {model_name_or_path!r}: {shards[paths.index(None)]} is missing")
         return [path for path in paths if path is not None]
-    raise UserError(f"model_name_or_path {model_name_or_path!r}: no weights, none of {', '.join(_NAMES)}")
+    raise UserError(
+        f"model_name_or_path {model_name_or_path!r}: no safetensors weights, neither of {', '.join(_NAMES)}. Pickled "
+        "ones (pytorch_model.bin) can run code and are not loaded; give a model_revision with safetensors (the Hub's "
+        "converted copies are refs/pr/N) or convert them"
+    )
 
 
-def _file(model_name_or_path: str, name: str, revision: str) -> Path | None:
+def _shards(index: Path) -> list[str]:
+    try:
+        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        inside = all(not Path(shard).is_absolute() and ".." not in Path(shard).parts for shard in shards)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{index} is damaged ({type(error).__name__})") from None
+    if not inside:
+        raise UserError(f"{index} names files outside its folder")
+    return shards
+
+
+def hub_file(model_name_or_path: str, name: str, revision: str = "main") -> Path | None:
+    """A file of a folder or of a Hub repository, or None."""
     found = cached_file(
         model_name_or_path,
         name,
@@ -75,10 +90,6 @@ def _file(model_name_or_path: str, name: str, revision: str) -> Path | None:
 
 def _tensors(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
     """All tensors in the order of their names."""
-    if files[0].suffix == ".bin":
-        loaded = {k: t for file in files for k, t in torch.load(file, weights_only=True, mmap=True).items()}
-        yield from sorted(loaded.items())
-        return
     handles = [safe_open(file, framework="pt") for file in files]
     where = sorted((name, i) for i, handle in enumerate(handles) for name in handle.keys())  # noqa: SIM118
     for name, i in where:

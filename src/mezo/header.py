@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -42,13 +43,25 @@ def make_header(
         "format": FORMAT_VERSION,
         "rng": RNG_VERSION,
         "versions": {name: importlib.metadata.version(name) for name in packages},
-        "config": {**config.to_dict(), "sglang_api_key": None, "sglang_admin_api_key": None},  # secrets
+        "config": _without_secrets(config),
         "objective": objective,
         "kind": kind,
         "labels": list(labels),
         "model_digest": model_digest,
         "initial_digest": initial_digest,
         "data_digest": _data_digest(train_examples),
+    }
+
+
+def _without_secrets(config: MeZOConfig) -> JsonObject:
+    engine_args = config.sglang_engine_args
+    if engine_args is not None:
+        engine_args = {name: arg for name, arg in engine_args.items() if not re.search("(key|token|password)$", name)}
+    return {
+        **config.to_dict(),
+        "sglang_api_key": None,
+        "sglang_admin_api_key": None,
+        "sglang_engine_args": engine_args,
     }
 
 

@@ -11,22 +11,26 @@ A file is a header and then records, nothing else; it is only ever appended to.
              4 bytes  CRC-32 of the 60 bytes and of the record's index in the file
 
 A record is written before the weights move. A file that ends in the middle of a record, or of a step's records, was
-cut off while being written: the tail is dropped. A wrong checksum anywhere else is corruption and an error.
+cut off while being written: the tail is dropped. So is a tail of zeros, which file systems leave after a power failure
+when a file had grown but its data had not reached the disk. A wrong checksum anywhere else is corruption and an error.
 """
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
 import json
+import logging
 import os
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from mezo.errors import JournalError
 from mezo.estimator import Record
+
+logger = logging.getLogger(__name__)
 
 MAGIC = b"MEZOJRNL"
 FORMAT_VERSION = 1
@@ -83,6 +87,16 @@ def read(path: str | os.PathLike[str]) -> Contents:
     return Contents(header, steps, valid_bytes, len(data) - valid_bytes)
 
 
+def is_cut_off(path: Path) -> bool:
+    """Whether the file ends within its header, so that nothing was trained yet."""
+    data = path.read_bytes()
+    if not data.startswith(MAGIC):
+        return MAGIC.startswith(data)
+    start = len(MAGIC) + _LENGTH.size
+    length: int = _LENGTH.unpack_from(data.ljust(start, b"\0"), len(MAGIC))[0]
+    return length <= _MAX_HEADER and len(data) < start + length + _CRC.size
+
+
 class Journal:
     """A journal open for appending, locked against other processes."""
 
@@ -93,16 +107,17 @@ class Journal:
 
     @classmethod
     def create(cls, path: Path, header: JsonObject) -> Journal:
-        """Starts a new journal; an existing file is an error."""
-        try:
-            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o644)
-        except FileExistsError:
-            raise JournalError(f"{path}: a journal exists already") from None
-        journal = cls(path, fd, 0)
+        """Starts a new journal; an existing file is an error, unless it is cut off in its header."""
+        journal = cls(path, os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), 0)
         journal._lock()
+        if not is_cut_off(path):
+            journal.close()
+            raise JournalError(f"{path}: a journal exists already")
+        os.ftruncate(journal._fd, 0)
         text = json.dumps(header, sort_keys=True).encode()
         start = MAGIC + _LENGTH.pack(len(text)) + text
         journal._write(start + _CRC.pack(zlib.crc32(start)))
+        journal.sync()
         return journal
 
     @classmethod
@@ -114,8 +129,12 @@ class Journal:
             raise JournalError(f"{path}: no journal to resume from") from None
         journal = cls(path, fd, 0)
         journal._lock()
-        contents = read(path)
-        os.ftruncate(fd, contents.valid_bytes)
+        try:
+            contents = read(path)
+            os.ftruncate(fd, contents.valid_bytes)
+        except BaseException:
+            journal.close()
+            raise
         journal._num_records = sum(map(len, contents.steps))
         return journal, contents
 
@@ -126,7 +145,8 @@ class Journal:
 
     def sync(self) -> None:
         """Waits until everything appended is on the disk itself."""
-        os.fsync(self._fd)
+        with self._named("syncing"):
+            os.fsync(self._fd)
 
     def close(self) -> None:
         """Releases the file and its lock."""
@@ -134,20 +154,35 @@ class Journal:
 
     def _write(self, data: bytes) -> None:
         start = os.fstat(self._fd).st_size
+        written = 0
         try:
-            written = os.write(self._fd, data)
-            while written < len(data):
-                written += os.write(self._fd, data[written:])
+            with self._named("writing"):
+                while written < len(data):
+                    written += os.write(self._fd, data[written:])
+        except OSError:
+            with contextlib.suppress(OSError):  # a torn tail that cannot be cut off is dropped by who reads it
+                os.ftruncate(self._fd, start)
+            raise
+
+    @contextlib.contextmanager
+    def _named(self, doing: str) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
-            os.ftruncate(self._fd, start)
-            raise OSError(error.errno, f"{error.strerror} while writing the journal", str(self.path)) from None
+            raise OSError(error.errno, f"{error.strerror} while {doing} the journal", str(self.path)) from None
 
     def _lock(self) -> None:
+        """Held until the file is closed or the process ends, however it ends."""
+        import fcntl  # not on Windows, where this module can be imported all the same
+
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             os.close(self._fd)
             raise JournalError(f"{self.path}: another process is training in this folder") from None
+        except OSError as error:
+            logger.warning("%s: no locks on this file system (%s); see to it that one process trains here alone",
+                           self.path, error.strerror)  # fmt: skip
 
 
 def _record_crc(body: bytes, index: int) -> int:
@@ -165,7 +200,12 @@ def _read_header(data: bytes, path: str | os.PathLike[str]) -> tuple[JsonObject,
         raise JournalError(f"{path}: the journal's header is cut off; nothing was trained yet, delete the file")
     if _CRC.unpack_from(data, stop)[0] != zlib.crc32(data[:stop]):
         raise JournalError(f"{path}: the journal's header has a wrong checksum")
-    header = json.loads(data[start:stop])
+    try:
+        header = json.loads(data[start:stop])
+    except (ValueError, RecursionError):
+        header = None
+    if not isinstance(header, dict) or not isinstance(header.get("config"), dict):
+        raise JournalError(f"{path}: the journal's header is no JSON object with a config")
     if header.get("format") != FORMAT_VERSION:
         raise JournalError(f"{path}: journal format {header.get('format')!r}, this version reads {FORMAT_VERSION}")
     return header, stop + _CRC.size
@@ -177,7 +217,7 @@ def _read_records(data: bytes, offset: int, path: str | os.PathLike[str]) -> lis
         record = unpack(data[offset : offset + RECORD_SIZE], len(records))
         offset += RECORD_SIZE
         if record is None:
-            if offset + RECORD_SIZE <= len(data):
+            if offset + RECORD_SIZE <= len(data) and data[offset:].strip(b"\0"):
                 raise JournalError(f"{path}: record {len(records)} has a wrong checksum, and records follow it")
             break
         records.append(record)

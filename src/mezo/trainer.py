@@ -28,6 +28,8 @@ from mezo.objective import Example, batch_loss
 
 logger = logging.getLogger(__name__)
 
+FLAT_STEPS = 100
+
 
 @dataclass(frozen=True)
 class TrainResult:
@@ -107,6 +109,7 @@ class MeZOTrainer:
         self._log_time = time.perf_counter()
         self._asked, self._computed = 0, 0  # tokens of all steps
         self._token_seconds = math.inf  # of the step that computed its tokens fastest
+        self._flat_steps = 0  # in a row that taught nothing; stays where the warning was given
         self._unfinished_step = False  # resumed behind a step whose log, evaluation or checkpoint may be missing
 
     # --- the step ---------------------------------------------------------------------------------------------------
@@ -124,6 +127,7 @@ class MeZOTrainer:
         records = self._records(examples, outcomes if self._clip is None else self._clip(outcomes), computed)
         if not all(map(is_finite, records)):
             raise NonFiniteLossError(self._non_finite_message(step, losses_PN.isfinite().all(dim=0).tolist()))
+        self._watch_for_flat_losses(records)
         assert self._journal is not None
         self._journal.append(records)
         self.engine.update(records)
@@ -200,9 +204,14 @@ class MeZOTrainer:
 
     def _finish(self) -> TrainResult:
         """Final evaluation, and the final weights at the root of the run's folder."""
-        best = self.state.best_model_checkpoint
+        best = self._best_checkpoint()
         if self.config.load_best_model_at_end and best is not None:
-            self.engine.load(Path(best))
+            if not checkpoint.is_whole(best):
+                raise UserError(
+                    f"{best}, the best checkpoint, is damaged or missing. All steps are in the journal: mezo replay "
+                    f"with --step {self.state.best_global_step} makes these weights anew"
+                )
+            self.engine.load(best)
         metrics = self._metrics(self.eval_examples) if self.eval_examples is not None else None
         checkpoint.write_files(self.run, lambda folder: self._write(folder, metrics))
         last = journal.read(self._journal_path).steps[-self.config.logging_steps :]
@@ -210,7 +219,7 @@ class MeZOTrainer:
             output_dir=self.run,
             model_path=self.run,
             journal_path=self._journal_path,
-            best_checkpoint=Path(best) if best is not None else None,
+            best_checkpoint=best,
             metrics=metrics,
             global_step=self.state.global_step,
             train_loss=mean_loss([r for records in last for r in records]),
@@ -253,7 +262,7 @@ class MeZOTrainer:
         self.control = self.callbacks.on_evaluate(self.args, self.state, self.control, dict(logs))
         if self.state.global_step and self._is_best(metrics):
             self.state.best_global_step = self.state.global_step
-            self.state.best_model_checkpoint = str(checkpoint.checkpoint_path(self.run, self.state.global_step))
+            self.state.best_model_checkpoint = str(self._best_checkpoint())
             self.control.should_save = True
         else:
             self._save_state()
@@ -275,9 +284,8 @@ class MeZOTrainer:
         started = time.perf_counter()
         self._journal.sync()
         path = checkpoint.checkpoint_path(self.run, self.state.global_step)
-        checkpoint.write_folder(path, self._write_checkpoint)
-        best = self.state.best_model_checkpoint
-        checkpoint.rotate(self.run, self.config.save_total_limit, Path(best) if best else None)
+        checkpoint.write_checkpoint(path, self._write_checkpoint)
+        checkpoint.rotate(self.run, self.config.save_total_limit, self._best_checkpoint())
         self._save_state()
         self.control = self.callbacks.on_save(self.args, self.state, self.control)
         self._log_time += time.perf_counter() - started
@@ -296,9 +304,15 @@ class MeZOTrainer:
         path = checkpoint.checkpoint_path(self.run, 0)
         if not path.exists() and not self._journal_path.exists():
             self.run.mkdir(parents=True, exist_ok=True)
-            checkpoint.write_folder(path, lambda folder: self._write(folder, None))
+            checkpoint.write_checkpoint(path, lambda folder: self._write(folder, None))
+
+    def _best_checkpoint(self) -> Path | None:
+        step = self.state.best_global_step
+        return checkpoint.checkpoint_path(self.run, step) if step is not None else None
 
     def _save_state(self) -> None:
+        assert self._journal is not None
+        self._journal.sync()  # the state never speaks of steps that the journal may lose
         checkpoint.write_text(self.run / checkpoint.STATE_NAME, state_json(self.state))
 
     # --- journal and resume -----------------------------------------------------------------------------------------
@@ -312,7 +326,7 @@ class MeZOTrainer:
             self.run.mkdir(parents=True, exist_ok=True)
         except FileExistsError:
             raise UserError(f"output_dir {str(self.run)!r} is a file") from None
-        if self._journal_path.exists():
+        if self._journal_path.exists() and not journal.is_cut_off(self._journal_path):
             if not self.config.resume_from_checkpoint:
                 raise UserError(
                     f"output_dir {str(self.run)!r} holds a run already; resume_from_checkpoint goes on with it, "
@@ -334,25 +348,43 @@ class MeZOTrainer:
                 for s, p in checkpoint.checkpoints(self.run).items()
                 if s <= len(contents.steps) and s % self.engine.resumes_every == 0
             }
-            start = max(usable, default=0)
-            if start in usable:
-                self.engine.load(usable[start])
-                self.engine.load_optimizer(usable[start])
+            start = self._load_newest(usable)
             for records in contents.steps[start:]:
                 self.engine.update(records)
-            self._restore_state(contents.steps)
+            self._restore_state(contents.steps, self._saved_state(len(contents.steps), usable.get(start)))
         except BaseException:
             opened.close()
             raise
         logger.warning("resumed at step %d of %d", self.state.global_step, self.config.max_steps)
         return opened
 
-    def _restore_state(self, steps: list[list[Record]]) -> None:
-        """State as last written, and the log entries since then from the journal."""
-        path = self.run / checkpoint.STATE_NAME
-        saved = TrainerState.load_from_json(str(path)) if path.exists() else TrainerState()
-        for name in ("log_history", "best_metric", "best_global_step", "best_model_checkpoint"):
-            setattr(self.state, name, getattr(saved, name))
+    def _load_newest(self, usable: dict[int, Path]) -> int:
+        """Loads the newest checkpoint that is whole; returns its step, 0 if there is none."""
+        for step, path in reversed(usable.items()):
+            if checkpoint.is_whole(path):
+                self.engine.load(path)
+                self.engine.load_optimizer(path)
+                return step
+            logger.warning("%s is damaged and is not used; the journal makes its steps anew", path)
+        return 0
+
+    def _saved_state(self, last_step: int, loaded: Path | None) -> TrainerState:
+        """The state as last written; if that is damaged, as it was at the checkpoint that was loaded."""
+        for folder in (self.run, loaded):
+            if folder is None or not (folder / checkpoint.STATE_NAME).exists():
+                continue
+            try:
+                return checkpoint.read_state(folder / checkpoint.STATE_NAME, last_step)
+            except UserError as error:
+                logger.warning("%s: evaluations since the last checkpoint are forgotten", error)
+        return TrainerState()
+
+    def _restore_state(self, steps: list[list[Record]], saved: TrainerState) -> None:
+        """What was saved, and the log entries since then from the journal."""
+        self.state.log_history = saved.log_history
+        self.state.best_metric, self.state.best_global_step = saved.best_metric, saved.best_global_step
+        best = self._best_checkpoint()
+        self.state.best_model_checkpoint = None if best is None else str(best)
         logged = max((int(entry["step"]) for entry in self.state.log_history if "loss" in entry), default=0)
         for step, records in enumerate(steps, start=1):
             if self._clip is not None:
@@ -378,13 +410,29 @@ class MeZOTrainer:
     def _event(self, name: str) -> None:
         self.control = getattr(self.callbacks, name)(self.args, self.state, self.control)
 
+    def _watch_for_flat_losses(self, records: Sequence[Record]) -> None:
+        """Says once that many steps in a row saw the same loss on all sides."""
+        if self._flat_steps < FLAT_STEPS:
+            self._flat_steps = 0 if any(r.coefficient for r in records) else self._flat_steps + 1
+            if self._flat_steps == FLAT_STEPS:
+                logger.warning(
+                    "projected_grad was 0 in %d steps in a row: the losses on all sides are equal and nothing is "
+                    "learned; raise epsilon (%g), use dtype float32 or look at the rows",
+                    FLAT_STEPS, self.config.epsilon,
+                )  # fmt: skip
+
     def _non_finite_message(self, step: int, finite: list[bool]) -> str:
         rows = [i for i, good in zip(self.sampler(step), finite, strict=True) if not good]
         listed = ", ".join(map(str, rows[:8])) + (" …" if len(rows) > 8 else "")
+        shown = ""
+        if rows:
+            ids = self.train_examples[rows[0]].sequences[0].input_ids
+            text = self.engine.tokenizer.decode(ids, skip_special_tokens=True)
+            shown = f" Row {rows[0]} begins {' '.join(text.split())[:60]!r}."
         return (
             f"the loss of step {step} is not finite for training rows {listed or '(their mean overflows)'}; the "
             f"weights are those after {step} steps, saved in checkpoint-{step}. Lower learning_rate or epsilon, or "
-            "look at these rows."
+            f"look at these rows.{shown}"
         )
 
 

@@ -171,7 +171,7 @@ def _read_yaml(path: Path) -> dict[str, object]:
 
     try:
         values = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date or a byte that is none
         raise UserError(f"--config {path}: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise UserError(f"--config {path}: a mapping of option names to values is needed")

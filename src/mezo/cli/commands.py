@@ -132,7 +132,7 @@ def _with_error(value: float | None, error: float | None) -> str:
 def replay(options: ReplayOptions) -> None:
     """`mezo replay`."""
     _quiet()
-    path = api.replay(options.run, options.output_dir, model_name_or_path=options.model_name_or_path, step=options.step)
+    path = api.replay(**dataclasses.asdict(options))
     print(f"rebuilt: {path}")
 
 

@@ -75,12 +75,14 @@ class ReplayOptions:
         output_dir: Folder for the weights; must not exist.
         model_name_or_path: The base model, if it has moved since.
         step: Apply that many steps; as many as the run's final weights hold if not given.
+        trust_remote_code: Run modelling code that comes with the model.
     """
 
     run: str
     output_dir: str
     model_name_or_path: str | None = None
     step: int | None = None
+    trust_remote_code: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

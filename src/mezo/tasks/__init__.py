@@ -165,7 +165,7 @@ def _read(path: Path) -> Task:
         values = yaml.safe_load(path.read_text())
     except FileNotFoundError:
         raise UserError(f"task: there is no file {str(path)!r}") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"task {path}: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise UserError(f"task {path}: a mapping is needed, of names such as template and label_words to values")

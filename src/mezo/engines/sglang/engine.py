@@ -19,7 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -185,7 +187,7 @@ class SGLangEngine:
     @torch.no_grad()
     def load(self, folder: Path) -> None:
         """See `Engine.load`."""
-        set_peft_model_state_dict(self._adapter, load_peft_weights(str(folder), device="cpu"))
+        set_peft_model_state_dict(self._adapter, load_file(folder / SAFETENSORS_WEIGHTS_NAME))
         self._unsent, self._unsaved = [], []
         self._detach()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import logging
-import pickle
+import pickle  # nosec B403
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any

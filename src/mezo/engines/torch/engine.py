@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
@@ -246,12 +248,12 @@ class TorchEngine:
     def load(self, folder: Path) -> None:
         """See `Engine.load`."""
         if isinstance(self.model, PeftModel):
-            weights = load_peft_weights(str(folder), device="cpu")
+            weights = load_file(folder / SAFETENSORS_WEIGHTS_NAME)
             set_peft_model_state_dict(self.model, weights)
             if self._lora is not None:
                 self._lora.changed()
             return
-        saved = type(self.model).from_pretrained(folder, dtype=self.model.dtype)
+        saved = type(self.model).from_pretrained(folder, dtype=self.model.dtype, use_safetensors=True)
         for name, parameter in saved.named_parameters():
             if name in self.space.parameters:
                 self.space.parameters[name].copy_(parameter)

@@ -26,6 +26,7 @@ from transformers.utils import logging as transformers_logging
 from mezo import philox
 from mezo.config import MeZOConfig
 from mezo.errors import UserError
+from mezo.fingerprint import weight_files
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _AUTO_CLASSES = {
@@ -98,7 +99,9 @@ def load_model(config: MeZOConfig, kind: str, labels: Sequence[str] = ()) -> Loa
     """
     device = device_for(config)
     dtype = config.dtype if config.dtype != "auto" or device.type != "cpu" else "float32"
+    weight_files(config.model_name_or_path, config.model_revision)  # refuses pickled ones
     options: dict[str, object] = {"dtype": _DTYPES.get(dtype, "auto"), "trust_remote_code": config.trust_remote_code}
+    options["use_safetensors"] = True
     if config.attn_implementation is not None:
         options["attn_implementation"] = config.attn_implementation
     if kind == "sequence_classification":

@@ -1,0 +1,105 @@
+"""Runs that are ended again and again against runs that are not: weights and journals must have the same bits.
+
+    python benchmarks/kill_rounds.py [--rounds 100] [--seed 0]
+
+Every parameter space trains a small encoder in child processes that SIGKILL, SIGTERM and Ctrl-C end at random instants;
+each child resumes where the last one was ended. The rounds are shared out over the spaces. The model and the rows are
+those of the tests. Ends with status 1 at the first difference.
+"""
+
+import argparse
+import json
+import random
+import signal
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from mezo import api, journal
+from mezo.config import MeZOConfig
+from tests import kill_loop
+from tests.conftest import _MODELS, SENTIMENT_ROWS, make_tokenizer
+
+LOW_RANK = {"direction": "low_rank", "direction_refresh_steps": 20, "learning_rate": 1e-3 - 1e-6}
+LORA = {"use_peft": True, "learning_rate": 1e-3}
+SPACES: dict[str, dict[str, object]] = {
+    "full, dense": {"learning_rate": 5e-4},
+    "full, dense, bfloat16": {"learning_rate": 1e-4, "dtype": "bfloat16"},
+    "full, low rank": LOW_RANK,
+    "full, low rank, momentum": {**LOW_RANK, "optim": "momentum"},
+    "full, low rank, adam": {**LOW_RANK, "optim": "adam"},
+    "LoRA": LORA,
+    "LoRA, momentum, clipped": {**LORA, "optim": "momentum", "clip_quantile": 0.5, "clip_window": 20},
+    "LoRA, adam, 2 queries": {**LORA, "optim": "adam", "num_queries": 2},
+    "prefix": {"use_peft": True, "peft_type": "prefix_tuning", "learning_rate": 1e-2, "epsilon": 1e-1},
+    "prefix, adam": {
+        "use_peft": True, "peft_type": "prefix_tuning", "learning_rate": 1e-3, "epsilon": 1e-1, "optim": "adam",
+    },
+}  # fmt: skip
+
+
+def make_model(folder: Path) -> None:
+    kind, build = _MODELS["bert"]
+    torch.manual_seed(0)
+    build().save_pretrained(folder)
+    make_tokenizer(kind).save_pretrained(folder)
+
+
+def tensors(run: Path) -> dict[str, torch.Tensor]:
+    (path,) = run.glob("*model.safetensors")
+    loaded: dict[str, torch.Tensor] = load_file(path)
+    return loaded
+
+
+def same(first: Path, second: Path) -> bool:
+    a, b = tensors(first), tensors(second)
+    equal = a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    return equal and journal.read(first / "journal").steps == journal.read(second / "journal").steps
+
+
+def check(space: str, options: dict[str, object], folder: Path, num_kills: int, generator: random.Random) -> int:
+    """One space; returns the rounds that were ended."""
+    straight, killed, steps = folder / "straight", folder / "killed", 150 * num_kills
+    common = {
+        "model_name_or_path": str(folder.parent / "model"), "dataset_name": str(folder.parent / "rows.jsonl"),
+        "template": "{text} it was [MASK] .", "label_words": {"0": "terrible", "1": "great"}, "validation_size": 0.2,
+        "per_device_train_batch_size": 4, "eval_steps": 60, "save_steps": 40, "disable_tqdm": True, **options,
+    }  # fmt: skip
+    kills = 0
+    while kills < num_kills:  # a machine faster than expected finishes early: then the run is made longer
+        again = {**common, "output_dir": str(killed), "max_steps": steps, "resume_from_checkpoint": True}
+        kills += kill_loop.run(again, num_kills - kills, generator, longest=2.5)
+        steps = steps if kills >= num_kills else 2 * steps
+    api.build_trainer(MeZOConfig.from_dict({**common, "output_dir": str(straight), "max_steps": steps})).train()
+    if not same(straight, killed):
+        raise SystemExit(f"{space}: the resumed run differs from the straight one")
+    print(f"{space:26} {kills:4} rounds ended, {steps:6} steps, same bits", flush=True)
+    return kills
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)  # the last bits of a forward pass depend on the number of threads
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a background job
+    generator, each, kills = random.Random(arguments.seed), -(-arguments.rounds // len(SPACES)), 0
+    with tempfile.TemporaryDirectory() as name:
+        make_model(Path(name) / "model")
+        rows = "".join(json.dumps(row) + "\n" for row in SENTIMENT_ROWS)
+        (Path(name) / "rows.jsonl").write_text(rows)
+        for space, options in SPACES.items():
+            folder = Path(name) / space.replace(", ", "-").replace(" ", "-")
+            folder.mkdir()
+            kills += check(space, options, folder, each, generator)
+    print(f"{kills} rounds, no difference")
+
+
+if __name__ == "__main__":
+    main()
