@@ -18,8 +18,9 @@ from transformers.utils import logging as transformers_logging
 from mezo import api
 from mezo.bench import BenchOptions
 from mezo.bench import run as run_bench
-from mezo.cli.options import EvalOptions, InspectOptions, MergeOptions, ReplayOptions
+from mezo.cli.options import DoctorOptions, EvalOptions, InspectOptions, MergeOptions, ReplayOptions
 from mezo.config import MeZOConfig
+from mezo.doctor import diagnose, read_run
 from mezo.evaluation import Metrics
 from mezo.kernels import cpu as cpu_kernels
 
@@ -86,6 +87,22 @@ def inspect(options: InspectOptions) -> None:
         return
     for name, value in facts.items():
         print(f"{name:22} {f'{value:,.6g}' if isinstance(value, float) else value}")
+
+
+def doctor(options: DoctorOptions) -> None:
+    """`mezo doctor`."""
+    findings = diagnose(read_run(options.run))
+    if options.json:
+        for finding in findings:
+            print(json.dumps(dataclasses.asdict(finding)))
+        return
+    table = Table("", "topic", Column("evidence", ratio=3), Column("next step", ratio=2), show_lines=True)
+    for finding in findings:
+        table.add_row(*dataclasses.astuple(finding), style=_STYLES[finding.severity])
+    Console().print(table)
+
+
+_STYLES = {"problem": "bold red", "warning": "yellow", "note": "", "ok": "green"}
 
 
 def merge(options: MergeOptions) -> None:
