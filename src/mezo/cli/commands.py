@@ -96,13 +96,15 @@ def doctor(options: DoctorOptions) -> None:
         for finding in findings:
             print(json.dumps(dataclasses.asdict(finding)))
         return
-    table = Table("", "topic", Column("evidence", ratio=3), Column("next step", ratio=2), show_lines=True)
+    console = Console()
     for finding in findings:
-        table.add_row(*dataclasses.astuple(finding), style=_STYLES[finding.severity])
-    Console().print(table)
+        line = f"{finding.severity:8} {finding.topic:12} {finding.evidence}"
+        console.print(line, style=_STYLES[finding.severity], markup=False, highlight=False, soft_wrap=True)
+        if finding.advice:
+            console.print(f"{'':21} → {finding.advice}", markup=False, highlight=False, soft_wrap=True)
 
 
-_STYLES = {"problem": "bold red", "warning": "yellow", "note": "", "ok": "green"}
+_STYLES = {"problem": "bold red", "warning": "yellow", "note": "cyan", "ok": "green"}
 
 
 def merge(options: MergeOptions) -> None:

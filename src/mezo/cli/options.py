@@ -96,7 +96,7 @@ class DoctorOptions:
 
     Args:
         run: Folder of the run, or its journal; it may still be training.
-        json: Print one JSON object a line, a finding each, instead of a table.
+        json: Print one JSON object a line, a finding each, instead of a list.
     """
 
     run: str

@@ -25,7 +25,8 @@ _CHECKS: tuple[Callable[[Run], list[Finding]], ...] = (numbers, epsilon, converg
 
 def diagnose(run: Run) -> list[Finding]:
     """All findings, the gravest first."""
-    finite_S: NDArray[np.bool_] = np.isfinite(run.plus_SQ + run.minus_SQ + run.coefficient_SQ).all(axis=1)
+    finite_SQ = np.isfinite(run.plus_SQ + run.minus_SQ + run.coefficient_SQ)
+    finite_S = np.logical_and.reduce(finite_SQ, axis=1)
     findings = [*steps(run), *not_finite(run, finite_S)]
     if finite_S.sum() >= FEWEST_STEPS:
         finite = _chosen(run, finite_S)

@@ -146,15 +146,15 @@ def _longer(run: Run, factor: float) -> str:
 def _setting(run: Run) -> list[Finding]:
     """Where the rate and size of a run that does not converge lie against the paper's."""
     config, rates, found = run.config, run.preset.learning_rates, []
+    middle = sorted(rates)[len(rates) // 2]
     swapped = looks_like_wrong_rate(config)
     if swapped is not None:
-        usual = 1e-3 if config.normalize_perturbations else max(rates)
+        usual = 1e-3 if config.normalize_perturbations else middle
         found.append(Finding("warning", "convergence", f"{swapped}.", f"--learning_rate {short(usual)}"))
     elif _comparable(config) and not min(rates) / 10 <= config.learning_rate <= max(rates) * 10:
-        nearest = short(min(max(config.learning_rate, min(rates)), max(rates)))
         evidence = f"learning_rate {config.learning_rate:g} is far from {min(rates):g} … {max(rates):g}"
         found.append(
-            Finding("warning", "convergence", f"{evidence} of {run.preset.source}.", f"--learning_rate {nearest}")
+            Finding("warning", "convergence", f"{evidence} of {run.preset.source}.", f"--learning_rate {short(middle)}")
         )
     goal, batch = _paper(run, "max_steps"), _paper(run, "per_device_train_batch_size")
     if run.num_steps < goal / 2 or config.batch_size < batch / 2:
@@ -203,8 +203,8 @@ def rising(rate: float, loss_S: Floats) -> list[Finding]:
         return []
     diverged = low + gap > 1.2 * first
     evidence = (
-        f"The loss began at {first:.4g}, was lowest ({low:.4g}) after {100 * (lowest + 1) / len(blocks):.0f} % of these "
-        f"steps and rose to {low + gap:.4g}: learning_rate {rate:g} is beyond what is stable here."
+        f"The loss began at {first:.4g}, was lowest ({low:.4g}) after {100 * (lowest + 1) / len(blocks):.0f} % of "
+        f"these steps and rose to {low + gap:.4g}: learning_rate {rate:g} is beyond what is stable here."
     )
     advice = f"A new run with --learning_rate {short(rate / (10 if diverged else 3))}"
     return [Finding("problem" if diverged else "warning", "stability", evidence, advice)]
@@ -232,7 +232,7 @@ def _spread(values: Floats) -> float:
 
 
 def relative_size(slope_R: Floats) -> Floats:
-    """|projected_grad| over its neighbours' median: where the gradient shrinks over the run, its start is no outlier."""
+    """|projected_grad| over its neighbours' median: a gradient that shrinks over the run has no outliers."""
     blocks = np.array_split(np.abs(slope_R), max(1, len(slope_R) // 50))
     return np.concatenate([block / max(float(np.median(block)), 1e-300) for block in blocks])
 
