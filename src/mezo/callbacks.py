@@ -86,8 +86,8 @@ class DoctorCallback(TrainerCallback):
         **kwargs: object,
     ) -> None:
         """Looks at the latest entries."""
-        if logs is None or "loss" not in logs:
-            return
+        if logs is None or "loss" not in logs or "stability" in self._said:
+            return  # what follows a divergence is its consequence
         self._entries.append(logs)
         for finding in while_training(self._config, self._entries):
             if finding.topic not in self._said:

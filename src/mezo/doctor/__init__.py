@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from mezo.config import MeZOConfig
 from mezo.doctor.finding import SEVERITIES, Finding
 from mezo.doctor.losses import differences, epsilon, not_finite, numbers
-from mezo.doctor.progress import FEWEST_STEPS, convergence, rising, stability, steps
+from mezo.doctor.progress import FEWEST_STEPS, convergence, exploded, explosion, rate_of_paper, rising, stability, steps
 from mezo.doctor.run import Logs, Run, read_run
 from mezo.doctor.updates import precision, speed
 
@@ -29,9 +29,18 @@ def diagnose(run: Run) -> list[Finding]:
     finite_S = np.logical_and.reduce(finite_SQ, axis=1)
     findings = [*steps(run), *not_finite(run, finite_S)]
     if finite_S.sum() >= FEWEST_STEPS:
-        finite = _chosen(run, finite_S)
-        findings += [finding for check in _CHECKS for finding in check(finite)]
-    return sorted(findings, key=lambda finding: SEVERITIES.index(finding.severity))
+        findings += _judged(_chosen(run, finite_S))
+    return sorted(dict.fromkeys(findings), key=lambda finding: SEVERITIES.index(finding.severity))
+
+
+def _judged(run: Run) -> list[Finding]:
+    """All checks; where losses exploded, only whether those before were good for anything."""
+    out_S = exploded(run.loss_S)
+    if out_S.sum() < 3:
+        return [finding for check in _CHECKS for finding in check(run)]
+    found = [explosion(run.config.learning_rate, run.loss_S), *rate_of_paper(run, lower=True)]
+    before_S = np.arange(run.num_steps) < np.argmax(out_S)
+    return found if before_S.sum() < FEWEST_STEPS else [*numbers(_chosen(run, before_S)), *found]
 
 
 def _chosen(run: Run, chosen_S: NDArray[np.bool_]) -> Run:
@@ -55,6 +64,8 @@ def while_training(config: MeZOConfig, logs: Logs) -> list[Finding]:
     plus_R, minus_R, loss_S = (
         np.array([entry[name] for entry in logs]) for name in ("loss_plus", "loss_minus", "loss")
     )
+    if exploded(loss_S).any():
+        return [explosion(config.learning_rate, loss_S)]
     found = differences(config, MeZOConfig.epsilon, "float32", plus_R, minus_R) if len(logs) >= 5 else []
     if len(logs) >= FEWEST_STEPS:
         found += rising(config.learning_rate, loss_S)

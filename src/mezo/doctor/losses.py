@@ -70,7 +70,7 @@ def _rounding(dtype: str, batch_size: int, apart: float, level: float, larger: s
         return Finding("ok", "numbers", f"{figures}.")
     evidence = f"{figures}: projected_grad is mostly rounding."
     if full:
-        return Finding("warning", "numbers", evidence, larger)
+        return Finding("problem", "numbers", evidence, larger)
     return Finding("note", "numbers", evidence, f"{larger}, or --dtype float32")
 
 
@@ -88,7 +88,7 @@ def epsilon(run: Run) -> list[Finding]:
     plus_R, minus_R = run.opening
     apart, level = float(np.median(np.abs(plus_R - minus_R))), float(np.median(minus_R))
     smaller = f"--epsilon {short(run.config.epsilon / 10)}"
-    if level > _SOLVED and apart > 0.5 * level:
+    if level > _SOLVED and apart > 0.3 * level:
         evidence = (
             f"|L+ − L−| is {apart:.3g} in the median, {100 * apart / level:.0f} % of the loss ({level:.3g}): epsilon "
             f"{run.config.epsilon:g} leaves the range where the loss is straight."

@@ -12,6 +12,7 @@ import math
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mezo.config import MeZOConfig, looks_like_wrong_rate
 from mezo.doctor.finding import Finding, short
@@ -29,7 +30,7 @@ def steps(run: Run) -> list[Finding]:
     if run.aborted:
         evidence = f"The run broke off after {done:,} of {goal:,} steps, as it does at a loss that is not finite."
         advice = f"A new run with --learning_rate {short(run.config.learning_rate / 10)}"
-        return [Finding("problem", "steps", evidence, advice)]
+        return [Finding("problem", "steps", evidence, advice), *rate_of_paper(run, lower=True)]
     if done < FEWEST_STEPS:
         return [Finding("note", "steps", f"{done} of {goal:,} steps; below {FEWEST_STEPS} nothing is judged.", resume)]
     if done < goal:
@@ -98,33 +99,46 @@ def convergence(run: Run) -> list[Finding]:
     )
     if t.last < 0.01:
         return [Finding("ok", "convergence", f"{line}: there is little left of it.")]
+    if not t.falls and any(finding.severity != "ok" for finding in numbers(run)):
+        advice = "First what is said of projected_grad under numbers"
+        return [Finding("warning", "convergence", f"{line}: it does not fall.", advice)]
     if rising(run.config.learning_rate, run.loss_S):
-        return [] if t.falls else _setting(run)
+        return [] if t.falls else rate_of_paper(run, lower=True)
+    if t.falls and t.first - t.last < 0.01 * t.first:
+        advice = _longer(run, 0.1 * t.first / max(t.first - t.last, 1e-3 * t.first))
+        return [
+            Finding("warning", "convergence", f"{line}: it falls, by less than a hundredth.", advice),
+            *rate_of_paper(run, lower=False),
+        ]
     if t.falls:
         share = f"; the run's own steps predict a decrease of {predicted:.2g}" if predicted is not None else ""
         return [Finding("ok", "convergence", f"{line}{share}.")]
     if t.rises:
         lower = f"--learning_rate {short(run.config.learning_rate / 3)}"
-        return [Finding("warning", "convergence", f"{line}: it rises.", lower), *_setting(run)]
-    flat = Finding("warning", "convergence", f"{line}: not to tell from zero.", _flat(run, t, predicted))
-    return [flat, *_setting(run)]
+        return [Finding("warning", "convergence", f"{line}: it rises.", lower), *rate_of_paper(run, lower=True)]
+    return [*_flat(run, t, predicted, f"{line}: not to tell from zero."), *_size(run), *_distance(run)]
 
 
-def _flat(run: Run, t: Trend, predicted: float | None) -> str:
+def _flat(run: Run, t: Trend, predicted: float | None, line: str) -> list[Finding]:
     """Whether the steps were too small or too noisy, and the mend."""
     config, visible = run.config, _CERTAIN * t.error * run.num_steps
-    if any(finding.severity != "ok" for finding in numbers(run)):
-        return "First what is said of projected_grad under numbers"
     if predicted is None:
-        return f"--max_steps {3 * run.num_steps} --resume_from_checkpoint"
+        advice = f"--max_steps {3 * run.num_steps} --resume_from_checkpoint"
+        return [
+            Finding("warning", "convergence", line, advice),
+            *rate_of_paper(run, lower=True),
+            *rate_of_paper(run, lower=False),
+        ]
     figures = f"The steps predict a decrease of {predicted:.2g}, the spread of the losses hides {visible:.2g}"
     if predicted < visible:
-        return f"{figures}: {_longer(run, visible / predicted if predicted else math.inf)}"
+        advice = f"{figures}: {_longer(run, visible / predicted if predicted else math.inf)}"
+        return [Finding("warning", "convergence", line, advice), *rate_of_paper(run, lower=False)]
     batches, rate = 4 * config.gradient_accumulation_steps, short(config.learning_rate / 3)
-    return (
+    advice = (
         f"{figures}: projected_grad is mostly noise of batches of {config.batch_size}, or steps are too long. "
         f"--gradient_accumulation_steps {batches}, or --learning_rate {rate}"
     )
+    return [Finding("warning", "convergence", line, advice), *rate_of_paper(run, lower=True)]
 
 
 def _longer(run: Run, factor: float) -> str:
@@ -137,33 +151,46 @@ def _longer(run: Run, factor: float) -> str:
     rate = run.config.learning_rate
     highest = max(run.preset.learning_rates) if _comparable(run.config) else 10 * rate
     if highest > 1.5 * rate:
-        return f"the rate is too low or the run too short. --learning_rate {short(min(rate * factor, highest))}"
+        return f"the rate is too low or the run too short. --learning_rate {short(min(10 * rate * factor, highest))}"
     # What is predicted grows with the number of steps, what is hidden shrinks with its root.
     enough = min(run.num_steps * factor ** (2 / 3), max(_paper(run, "max_steps"), 2 * run.num_steps))
     return f"the run is too short. --max_steps {float(short(enough)):.0f} --resume_from_checkpoint"
 
 
-def _setting(run: Run) -> list[Finding]:
-    """Where the rate and size of a run that does not converge lie against the paper's."""
-    config, rates, found = run.config, run.preset.learning_rates, []
-    middle = sorted(rates)[len(rates) // 2]
+def rate_of_paper(run: Run, lower: bool) -> list[Finding]:
+    """Whether the rate of a run that does not converge is far above (or below) the paper's."""
+    config, rates = run.config, run.preset.learning_rates
+    middle, rate = sorted(rates)[len(rates) // 2], config.learning_rate
     swapped = looks_like_wrong_rate(config)
-    if swapped is not None:
+    if swapped is not None and lower is not config.normalize_perturbations:
         usual = 1e-3 if config.normalize_perturbations else middle
-        found.append(Finding("warning", "convergence", f"{swapped}.", f"--learning_rate {short(usual)}"))
-    elif _comparable(config) and not min(rates) / 10 <= config.learning_rate <= max(rates) * 10:
-        evidence = f"learning_rate {config.learning_rate:g} is far from {min(rates):g} … {max(rates):g}"
-        found.append(
-            Finding("warning", "convergence", f"{evidence} of {run.preset.source}.", f"--learning_rate {short(middle)}")
-        )
-    goal, batch = _paper(run, "max_steps"), _paper(run, "per_device_train_batch_size")
-    if run.num_steps < goal / 2 or config.batch_size < batch / 2:
-        evidence = f"{run.num_steps:,} steps of {config.batch_size} rows; {run.preset.source}: {goal:,} of {batch}."
-        more = (
-            f"--max_steps {goal}, --gradient_accumulation_steps {math.ceil(batch / config.per_device_train_batch_size)}"
-        )
-        found.append(Finding("note", "convergence", evidence, more))
-    return found
+        return [Finding("warning", "convergence", f"{swapped}.", f"--learning_rate {short(usual)}")]
+    far = rate > 10 * max(rates) if lower else rate < min(rates) / 10
+    if swapped is None and far and _comparable(config):
+        evidence = f"learning_rate {rate:g} is far from {min(rates):g} … {max(rates):g} of {run.preset.source}."
+        return [Finding("warning", "convergence", evidence, f"--learning_rate {short(middle)}")]
+    return []
+
+
+def _size(run: Run) -> list[Finding]:
+    """Steps and batch of a run that does not converge against the paper's."""
+    config, goal, batch = run.config, _paper(run, "max_steps"), _paper(run, "per_device_train_batch_size")
+    more = [f"--max_steps {goal}"] if run.num_steps < goal / 2 else []
+    if config.batch_size < batch / 2:
+        more.append(f"--gradient_accumulation_steps {math.ceil(batch / config.per_device_train_batch_size)}")
+    if not more:
+        return []
+    evidence = f"{run.num_steps:,} steps of {config.batch_size} rows; {run.preset.source}: {goal:,} of {batch}."
+    return [Finding("note", "convergence", evidence, " ".join(more))]
+
+
+def _distance(run: Run) -> list[Finding]:
+    """An epsilon of a run that does not converge, far above the paper's."""
+    usual, own = float(str(run.preset.values["epsilon"])), run.config.epsilon
+    if run.config.normalize_perturbations or own <= 30 * usual:
+        return []
+    evidence = f"epsilon {own:g} is far above the {usual:g} of {run.preset.source}."
+    return [Finding("warning", "epsilon", evidence, f"--epsilon {usual:g}")]
 
 
 def _comparable(config: MeZOConfig) -> bool:
@@ -181,11 +208,34 @@ def _paper(run: Run, name: str) -> int:
 def stability(run: Run) -> list[Finding]:
     """Divergence, spikes, outliers."""
     loss_S, slope_R, rate = run.loss_S, run.slope_SQ.ravel(), run.config.learning_rate
-    found = [*rising(rate, loss_S), *spikes(rate, loss_S), *outliers(run.config, slope_R)]
+    risen = rising(rate, loss_S)
+    if any(finding.severity == "problem" for finding in risen):
+        return risen  # the rest follows from it
+    found = [*risen, *spikes(rate, loss_S), *outliers(run.config, slope_R)]
     evidence = (
         f"No rise, no spikes; the largest |projected_grad| is {relative_size(slope_R).max():.1f} times the median."
     )
     return found or [Finding("ok", "stability", evidence)]
+
+
+def exploded(loss_S: Floats) -> NDArray[np.bool_]:
+    """Losses of a height that no batch explains."""
+    return loss_S > 10 * max(float(loss_S[0]), 1.0)
+
+
+def explosion(rate: float, loss_S: Floats) -> Finding:
+    """A finding about `exploded` losses. What comes after them, a dead model say, follows from it.
+
+    Args:
+        rate: learning rate.
+        loss_S: losses, one of them exploded.
+    """
+    out_S = exploded(loss_S)
+    evidence = (
+        f"{out_S.sum()} of {len(loss_S):,} losses are more than ten times the first, {loss_S[0]:.4g}, up to "
+        f"{loss_S.max():.3g}; the first of them is number {np.argmax(out_S)}."
+    )
+    return Finding("problem", "stability", evidence, f"A new run with --learning_rate {short(rate / 10)}")
 
 
 def rising(rate: float, loss_S: Floats) -> list[Finding]:
@@ -198,8 +248,11 @@ def rising(rate: float, loss_S: Floats) -> list[Finding]:
     blocks = _blocks(loss_S)
     lowest = int(np.argmin([block.mean() for block in blocks]))
     low, first = float(blocks[lowest].mean()), float(blocks[0].mean())
-    gap, error = _gap(loss_S[-(len(loss_S) // 5) :], blocks[lowest])
-    if gap < max(4 * error, 0.2 * low, 0.05 * first):
+    end_S = loss_S[-(len(loss_S) // 5) :]
+    gap, error = _gap(end_S, blocks[lowest])
+    # An explosion has so large an error that only the order of the losses shows it.
+    sure = gap > 4 * error or end_S.min() > blocks[lowest].max()
+    if not sure or gap < max(0.2 * low, 0.05 * first):
         return []
     diverged = low + gap > 1.2 * first
     evidence = (
@@ -234,7 +287,8 @@ def _spread(values: Floats) -> float:
 def relative_size(slope_R: Floats) -> Floats:
     """|projected_grad| over its neighbours' median: a gradient that shrinks over the run has no outliers."""
     blocks = np.array_split(np.abs(slope_R), max(1, len(slope_R) // 50))
-    return np.concatenate([block / max(float(np.median(block)), 1e-300) for block in blocks])
+    middle = float(np.median(np.abs(slope_R))) or 1.0
+    return np.concatenate([block / (float(np.median(block)) or middle) for block in blocks])
 
 
 def outliers(config: MeZOConfig, slope_R: Floats) -> list[Finding]:
@@ -242,7 +296,8 @@ def outliers(config: MeZOConfig, slope_R: Floats) -> list[Finding]:
     if len(slope_R) < 100 or config.clip_quantile is not None or config.estimator == "es":
         return []
     size_R = np.sort(relative_size(slope_R))
-    share = float((size_R[-(len(size_R) // 100) :] ** 2).sum() / (size_R**2).sum())
+    largest, squares = size_R[-(len(size_R) // 100) :], float(size_R @ size_R)
+    share = float(largest @ largest) / squares if squares else 0.0
     if size_R[-1] < 20 or share < 0.3:
         return []
     evidence = (
