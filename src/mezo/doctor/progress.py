@@ -99,23 +99,27 @@ def convergence(run: Run) -> list[Finding]:
     )
     if t.last < 0.01:
         return [Finding("ok", "convergence", f"{line}: there is little left of it.")]
-    if not t.falls and any(finding.severity != "ok" for finding in numbers(run)):
-        advice = "First what is said of projected_grad under numbers"
-        return [Finding("warning", "convergence", f"{line}: it does not fall.", advice)]
-    if rising(run.config.learning_rate, run.loss_S):
-        return [] if t.falls else rate_of_paper(run, lower=True)
-    if t.falls and t.first - t.last < 0.01 * t.first:
-        advice = _longer(run, 0.1 * t.first / max(t.first - t.last, 1e-3 * t.first))
-        return [
-            Finding("warning", "convergence", f"{line}: it falls, by less than a hundredth.", advice),
-            *rate_of_paper(run, lower=False),
-        ]
-    if t.falls:
+    if t.falls and t.first - t.last >= 0.01 * t.first:
         share = f"; the run's own steps predict a decrease of {predicted:.2g}" if predicted is not None else ""
         return [Finding("ok", "convergence", f"{line}{share}.")]
+    if any(finding.severity != "ok" for finding in numbers(run)):
+        advice = "First what is said of projected_grad under numbers"
+        return [Finding("warning", "convergence", f"{line}: it does not fall.", advice)]
+    return _why(run, t, predicted, line)
+
+
+def _why(run: Run, t: Trend, predicted: float | None, line: str) -> list[Finding]:
+    """Why a loss does not fall, by where it goes instead."""
+    rate = run.config.learning_rate
+    if rising(rate, run.loss_S):
+        return rate_of_paper(run, lower=True)  # `stability` says the rest
     if t.rises:
-        lower = f"--learning_rate {short(run.config.learning_rate / 3)}"
-        return [Finding("warning", "convergence", f"{line}: it rises.", lower), *rate_of_paper(run, lower=True)]
+        rises = Finding("warning", "convergence", f"{line}: it rises.", f"--learning_rate {short(rate / 3)}")
+        return [rises, *rate_of_paper(run, lower=True)]
+    if t.falls:
+        advice = _longer(run, 0.1 * t.first / max(t.first - t.last, 1e-3 * t.first))
+        creeps = Finding("warning", "convergence", f"{line}: it falls, by less than a hundredth.", advice)
+        return [creeps, *rate_of_paper(run, lower=False)]
     return [*_flat(run, t, predicted, f"{line}: not to tell from zero."), *_size(run), *_distance(run)]
 
 

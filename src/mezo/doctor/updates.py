@@ -67,8 +67,9 @@ def speed(run: Run) -> list[Finding]:
             f"--per_device_train_batch_size {4 * config.per_device_train_batch_size}; mezo bench says what it costs"
         )
         found.append(Finding("note", "speed", evidence, advice))
-    if len(rates) >= 5 and rates[-1] < 0.5 * float(np.median(rates)):
-        evidence = f"{rates[-1]:,.0f} tokens per second at the end, {np.median(rates):,.0f} in the median."
+    latest = rates[-max(1, len(rates) // 5) :]
+    if len(rates) >= 5 and np.median(latest) < 0.5 * np.median(rates):
+        evidence = f"{np.median(latest):,.0f} tokens per second of late, {np.median(rates):,.0f} in the median."
         found.append(Finding("note", "speed", evidence, "See what else runs on the machine"))
     if rates and not found:
         return [Finding("ok", "speed", f"{np.median(rates):,.0f} tokens per second.")]
