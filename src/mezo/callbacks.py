@@ -74,7 +74,7 @@ class DoctorCallback(TrainerCallback):
 
     def __init__(self, config: MeZOConfig) -> None:
         self._config = config
-        self._entries: deque[dict[str, float]] = deque(maxlen=40)
+        self._entries: deque[dict[str, float]] = deque(maxlen=100)
         self._said: set[str] = set()
 
     def on_log(

@@ -66,7 +66,8 @@ def while_training(config: MeZOConfig, logs: Logs) -> list[Finding]:
     )
     if exploded(loss_S).any():
         return [explosion(config.learning_rate, loss_S)]
-    found = differences(config, MeZOConfig.epsilon, "float32", plus_R, minus_R) if len(logs) >= 5 else []
+    usual = config.epsilon if config.normalize_perturbations else MeZOConfig.epsilon
+    found = differences(config, usual, "float32", plus_R, minus_R) if len(logs) >= 5 else []
     if len(logs) >= FEWEST_STEPS:
         found += rising(config.learning_rate, loss_S)
     return [finding for finding in found if finding.severity in ("problem", "warning")]

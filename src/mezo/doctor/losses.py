@@ -12,7 +12,7 @@ from mezo.doctor.finding import Finding, short
 from mezo.doctor.run import Floats, Run
 
 SPACING = {"float32": 2.0**-23, "bfloat16": 2.0**-7, "float16": 2.0**-10}  # from 1 to the next number
-_SOLVED = 1e-6  # a loss with nothing left to differ
+SOLVED = 0.01  # a loss of which little is left
 
 
 def not_finite(run: Run, finite_S: NDArray[np.bool_]) -> list[Finding]:
@@ -42,7 +42,7 @@ def differences(config: MeZOConfig, usual_epsilon: float, dtype: str, plus_R: Fl
         minus_R: losses on the other.
     """
     level, apart_R = float(np.median(plus_R)), np.abs(plus_R - minus_R)
-    if level < _SOLVED:
+    if level < SOLVED:
         return []
     larger = f"--epsilon {short(usual_epsilon if config.epsilon < usual_epsilon else 10 * config.epsilon)}"
     zeros = float((apart_R == 0).mean())
@@ -88,7 +88,7 @@ def epsilon(run: Run) -> list[Finding]:
     plus_R, minus_R = run.opening
     apart, level = float(np.median(np.abs(plus_R - minus_R))), float(np.median(minus_R))
     smaller = f"--epsilon {short(run.config.epsilon / 10)}"
-    if level > _SOLVED and apart > 0.3 * level:
+    if level > SOLVED and apart > 0.3 * level:
         evidence = (
             f"|L+ − L−| is {apart:.3g} in the median, {100 * apart / level:.0f} % of the loss ({level:.3g}): epsilon "
             f"{run.config.epsilon:g} leaves the range where the loss is straight."

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from mezo.config import MeZOConfig, looks_like_wrong_rate
 from mezo.doctor.finding import Finding, short
-from mezo.doctor.losses import numbers
+from mezo.doctor.losses import SOLVED, numbers
 from mezo.doctor.run import Floats, Run
 
 FEWEST_STEPS = 20
@@ -63,20 +63,21 @@ class Trend(NamedTuple):
 
 def trend(loss_S: Floats) -> Trend:
     """The trend of at least `FEWEST_STEPS` losses. Blocks take up what neighbouring steps have in common."""
-    blocks = _blocks(loss_S)
+    blocks = _blocks(loss_S, 20)
     mean_B = np.array([block.mean() for block in blocks])
     x_B = np.arange(len(blocks)) - (len(blocks) - 1) / 2
     slope = float(x_B @ mean_B / (x_B @ x_B))
     rest_B = mean_B - mean_B.mean() - slope * x_B
     error = math.sqrt(float(rest_B @ rest_B) / (len(blocks) - 2) / float(x_B @ x_B))
+    error *= 1 + 2 / (len(blocks) - 2)  # as for Student: few blocks know their own spread badly
     size, fifth = len(loss_S) / len(blocks), len(loss_S) // 5
     gap, gap_error = _gap(loss_S[: max(3, len(loss_S) // 10)], loss_S[len(loss_S) // 2 :])
     drop = gap / gap_error if gap_error else 0.0
     return Trend(slope / size, error / size, float(loss_S[:fifth].mean()), float(loss_S[-fifth:].mean()), drop)
 
 
-def _blocks(loss_S: Floats) -> list[Floats]:
-    return np.array_split(loss_S, min(20, len(loss_S) // 5))
+def _blocks(loss_S: Floats, most: int) -> list[Floats]:
+    return np.array_split(loss_S, min(most, len(loss_S) // 5))
 
 
 def _gap(a: Floats, b: Floats) -> tuple[float, float]:
@@ -97,7 +98,7 @@ def convergence(run: Run) -> list[Finding]:
     line = (
         f"The loss goes from {t.first:.4g} to {t.last:.4g}, {1000 * t.slope:+.2g} ± {1000 * t.error:.1g} in 1,000 steps"
     )
-    if t.last < 0.01:
+    if t.last < SOLVED:
         return [Finding("ok", "convergence", f"{line}: there is little left of it.")]
     if t.falls and t.first - t.last >= 0.01 * t.first:
         share = f"; the run's own steps predict a decrease of {predicted:.2g}" if predicted is not None else ""
@@ -249,14 +250,12 @@ def rising(rate: float, loss_S: Floats) -> list[Finding]:
         rate: learning rate.
         loss_S: at least `FEWEST_STEPS` losses.
     """
-    blocks = _blocks(loss_S)
+    blocks = _blocks(loss_S, 10)
     lowest = int(np.argmin([block.mean() for block in blocks]))
     low, first = float(blocks[lowest].mean()), float(blocks[0].mean())
-    end_S = loss_S[-(len(loss_S) // 5) :]
-    gap, error = _gap(end_S, blocks[lowest])
-    # An explosion has so large an error that only the order of the losses shows it.
-    sure = gap > 4 * error or end_S.min() > blocks[lowest].max()
-    if not sure or gap < max(0.2 * low, 0.05 * first):
+    gap, error = _gap(loss_S[-(len(loss_S) // 5) :], blocks[lowest])
+    # Six, because the lowest of ten is low by chance too, and a run is looked at after every log entry.
+    if gap < max(6 * error, 0.2 * low, 0.05 * first):
         return []
     diverged = low + gap > 1.2 * first
     evidence = (
