@@ -483,3 +483,8 @@ def test_live_checks_see_divergence():
     assert [f.topic for f in while_training(config, logs)] == ["stability"]
     assert while_training(config, logs[:20]) == while_training(config, logs[:3]) == []
     assert [f.topic for f in while_training(config, [*logs[:3], {**logs[3], "loss": 50.0}])] == ["stability"]
+
+
+def test_live_checks_leave_a_solved_task_alone():
+    logs = [{"loss": 1e-5, "loss_plus": 1e-5, "loss_minus": 1e-5}] * 30
+    assert while_training(MeZOConfig(model_name_or_path="m"), logs) == []
