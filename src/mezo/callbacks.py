@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
+from collections import deque
 from collections.abc import Sequence
 
 from rich.console import Console
@@ -21,6 +23,9 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 
 from mezo.config import MeZOConfig
+from mezo.doctor import while_training
+
+logger = logging.getLogger(__name__)
 
 
 def training_arguments(config: MeZOConfig) -> TrainingArguments:
@@ -57,7 +62,38 @@ def callback_handler(
     """transformers' handler: its flow of logging, evaluation and saving, trackers, the progress bar, the user's own."""
     trackers = [tracker() for tracker in get_reporting_integration_callbacks(args.report_to)]
     progress = [] if config.disable_tqdm else [ProgressCallback()]
-    return CallbackHandler([DefaultFlowCallback(), *trackers, *progress, *callbacks], model, tokenizer, None, None)
+    ours = [DoctorCallback(config), *progress]
+    return CallbackHandler([DefaultFlowCallback(), *trackers, *ours, *callbacks], model, tokenizer, None, None)
+
+
+class DoctorCallback(TrainerCallback):
+    """Warns, once each, of what log entries show to be wrong; `mezo doctor` reads the whole journal.
+
+    Args:
+        config: the run's.
+    """
+
+    def __init__(self, config: MeZOConfig) -> None:
+        self._config = config
+        self._entries: deque[dict[str, float]] = deque(maxlen=100)
+        self._said: set[str] = set()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: object,
+    ) -> None:
+        """Looks at the latest entries."""
+        if logs is None or "loss" not in logs or "stability" in self._said:
+            return  # what follows a divergence is its consequence
+        self._entries.append(logs)
+        for finding in while_training(self._config, self._entries):
+            if finding.topic not in self._said:
+                self._said.add(finding.topic)
+                logger.warning("step %d: %s %s.", state.global_step, finding.evidence, finding.advice)
 
 
 _BARS = "▁▂▃▄▅▆▇█"

@@ -12,7 +12,15 @@ from typing import Any, NoReturn, TypeVar, get_type_hints
 import tyro
 
 from mezo import __version__
-from mezo.cli.options import EvalOptions, InspectOptions, MergeOptions, PresetsOptions, ReplayOptions, TuneOptions
+from mezo.cli.options import (
+    DoctorOptions,
+    EvalOptions,
+    InspectOptions,
+    MergeOptions,
+    PresetsOptions,
+    ReplayOptions,
+    TuneOptions,
+)
 from mezo.config import PRESETS, MeZOConfig, coerced, preset, unknown_key_message
 from mezo.errors import EngineError, NonFiniteLossError, UserError
 
@@ -72,6 +80,13 @@ def _inspect(argv: list[str]) -> None:
     inspect(options)
 
 
+def _doctor(argv: list[str]) -> None:
+    options = _parse(DoctorOptions, _positional(argv, "run"), "mezo doctor")
+    from mezo.cli.commands import doctor
+
+    doctor(options)
+
+
 def _merge(argv: list[str]) -> None:
     options = _parse(MergeOptions, argv, "mezo merge")
     from mezo.cli.commands import merge
@@ -117,6 +132,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "eval": (_eval, "accuracy and loss of a model, or of a model with an adapter"),
     "replay": (_replay, "rebuild the trained weights from the base model and the journal alone"),
     "inspect": (_inspect, "summary of a run's journal: settings, steps, losses, tokens computed and reused"),
+    "doctor": (_doctor, "what ails a run, with its numbers, and what to do next"),
     "merge": (_merge, "add a LoRA adapter to its base model and save a transformers model"),
     "bench": (_bench, "time and memory of a step on this machine, against plain forward passes"),
     "presets": (_presets, "list the paper's settings for --preset"),

@@ -18,8 +18,9 @@ from transformers.utils import logging as transformers_logging
 from mezo import api
 from mezo.bench import BenchOptions
 from mezo.bench import run as run_bench
-from mezo.cli.options import EvalOptions, InspectOptions, MergeOptions, ReplayOptions, TuneOptions
+from mezo.cli.options import DoctorOptions, EvalOptions, InspectOptions, MergeOptions, ReplayOptions, TuneOptions
 from mezo.config import MeZOConfig
+from mezo.doctor import diagnose, read_run
 from mezo.errors import UserError
 from mezo.evaluation import Metrics
 from mezo.kernels import cpu as cpu_kernels
@@ -144,6 +145,24 @@ def inspect(options: InspectOptions) -> None:
         return
     for name, value in facts.items():
         print(f"{name:22} {f'{value:,.6g}' if isinstance(value, float) else value}")
+
+
+def doctor(options: DoctorOptions) -> None:
+    """`mezo doctor`."""
+    findings = diagnose(read_run(options.run))
+    if options.json:
+        for finding in findings:
+            print(json.dumps(dataclasses.asdict(finding)))
+        return
+    console = Console()
+    for finding in findings:
+        line = f"{finding.severity:8} {finding.topic:12} {finding.evidence}"
+        console.print(line, style=_STYLES[finding.severity], markup=False, highlight=False, soft_wrap=True)
+        if finding.advice:
+            console.print(f"{'':21} → {finding.advice}", markup=False, highlight=False, soft_wrap=True)
+
+
+_STYLES = {"problem": "bold red", "warning": "yellow", "note": "cyan", "ok": "green"}
 
 
 def merge(options: MergeOptions) -> None:

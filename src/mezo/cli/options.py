@@ -99,6 +99,19 @@ class InspectOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DoctorOptions:
+    """What ails RUN: findings from its journal and log, with numbers and next steps: `mezo doctor RUN`.
+
+    Args:
+        run: Folder of the run, or its journal; it may still be training.
+        json: Print one JSON object a line, a finding each, instead of a list.
+    """
+
+    run: str
+    json: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class MergeOptions:
     """Adds a LoRA adapter to its base model's weights and saves a transformers model.
 

@@ -1,0 +1,138 @@
+"""A run's numbers as arrays, from its journal and log. Names: S steps, Q directions of a step."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mezo import checkpoint, journal
+from mezo.config import PRESETS, MeZOConfig, Preset
+from mezo.errors import UserError
+
+Floats = NDArray[np.float64]
+Logs = Collection[Mapping[str, float]]
+_SAFETENSORS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """The numbers of a run.
+
+    Args:
+        config: the run's.
+        kind: its model's head, see `mezo.encoding.ModelKind`.
+        plus_SQ: loss_plus.
+        minus_SQ: loss_minus.
+        coefficient_SQ: what multiplied z.
+        rate_S: learning rate.
+        tokens_S: tokens of the batch, once.
+        logs: log_history of trainer_state.json.
+        max_steps: steps that the run is to have.
+        weights_dtype: type of the saved weights; None if there are none.
+        aborted: whether it ended in the way that a loss that is not finite ends it.
+    """
+
+    config: MeZOConfig
+    kind: str
+    plus_SQ: Floats
+    minus_SQ: Floats
+    coefficient_SQ: Floats
+    rate_S: Floats
+    tokens_S: Floats
+    logs: Logs
+    max_steps: int
+    weights_dtype: str | None = None
+    aborted: bool = False
+
+    @property
+    def num_steps(self) -> int:
+        """Steps in the journal."""
+        return len(self.rate_S)
+
+    @property
+    def loss_S(self) -> Floats:
+        """Mean loss under a step's probes."""
+        loss_S: Floats = ((self.plus_SQ + self.minus_SQ) / 2).mean(axis=1)
+        return loss_S
+
+    @property
+    def slope_SQ(self) -> Floats:
+        """Measured derivative of the loss along z: projected_grad, not clipped nor scaled."""
+        width = self.config.epsilon * (1 if self.config.estimator == "fzoo" else 2)
+        return (self.plus_SQ - self.minus_SQ) / width
+
+    @property
+    def opening(self) -> tuple[Floats, Floats]:
+        """Both losses [R] of the first fifth of the run, at least 20 steps."""
+        begin = max(20, self.num_steps // 5)
+        return self.plus_SQ[:begin].ravel(), self.minus_SQ[:begin].ravel()
+
+    @property
+    def dtype(self) -> str | None:
+        """Type of the weights; an adapter's file does not tell its base model's."""
+        if self.config.dtype != "auto":
+            return self.config.dtype
+        return None if self.config.use_peft else self.weights_dtype
+
+    @property
+    def preset(self) -> Preset:
+        """The paper's setting for this kind of model and parameters."""
+        family = "opt" if self.kind == "causal_lm" else "roberta"
+        method = ("lora" if self.config.peft_type == "lora" else "prefix") if self.config.use_peft else "full"
+        return PRESETS[f"{family}-{method}"]
+
+
+def read_run(run: str | Path) -> Run:
+    """The numbers of a run's folder, or of its journal.
+
+    Raises:
+        UserError: there is no run, or its files cannot be read.
+    """
+    path = Path(run) / checkpoint.JOURNAL_NAME if Path(run).is_dir() else Path(run)
+    contents = journal.read(path)
+    header, steps = contents.header, contents.steps
+    try:
+        config = MeZOConfig.from_dict(header["config"])  # type: ignore[arg-type]  # JSON
+        kind = str(header["kind"])
+    except KeyError as error:
+        raise UserError(f"{path}: the journal's header has no {error.args[0]!r}") from None
+    state_path = path.parent / checkpoint.STATE_NAME
+    try:
+        state = json.loads(state_path.read_text()) if state_path.exists() else {}
+        logs, max_steps = state.get("log_history", []), state.get("max_steps", config.max_steps)
+    except (ValueError, AttributeError):
+        raise UserError(f"{state_path}: not a trainer_state.json") from None
+    due = [config.save_steps] + ([config.eval_steps] if config.eval_steps else [])
+    last = checkpoint.checkpoint_path(path.parent, len(steps))
+    return Run(
+        config=config,
+        kind=kind,
+        plus_SQ=_table([[r.loss_plus for r in records] for records in steps]),
+        minus_SQ=_table([[r.loss_minus for r in records] for records in steps]),
+        coefficient_SQ=_table([[r.coefficient for r in records] for records in steps]),
+        rate_S=np.array([records[0].learning_rate for records in steps]),
+        tokens_S=np.array([float(records[0].num_tokens) for records in steps]),
+        logs=logs,
+        max_steps=max_steps,
+        weights_dtype=_saved_dtype(path.parent),
+        aborted=last.exists() and len(steps) < max_steps and all(len(steps) % n for n in due),
+    )
+
+
+def _table(rows: list[list[float]]) -> Floats:
+    return np.array(rows).reshape(len(rows), -1 if rows else 1)
+
+
+def _saved_dtype(folder: Path) -> str | None:
+    """Type of the first tensor in the folder's weights, from the head of the file."""
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            head = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        types = [entry["dtype"] for name, entry in head.items() if name != "__metadata__"]
+        return _SAFETENSORS.get(types[0]) if types else None
+    return None
