@@ -164,10 +164,10 @@ def test_generation_is_greedy(model_folder, name):
             if ids[-1] == tokenizer.eos_token_id:
                 break
         expected.append(tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True))
-    found = generate(model, tokenizer, prompts, batch_size=2, max_new_tokens=8, stop="\n")
+    (found,) = generate(model, tokenizer, prompts, batch_size=2, max_new_tokens=8, stop="\n")
     assert found == expected
     words = expected[0].split()
-    stopped = generate(model, tokenizer, prompts[:1], batch_size=2, max_new_tokens=8, stop=words[-1])[0]
+    stopped = generate(model, tokenizer, prompts[:1], batch_size=2, max_new_tokens=8, stop=words[-1])[0][0]
     assert stopped == expected[0].partition(words[-1])[0]
 
 
@@ -253,7 +253,7 @@ def test_generated_answers_are_scored(model_folder, jsonl, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(model_folder("llama"), dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(model_folder("llama"))
     prompt = tuple(tokenizer("Title: film\nContext: the good film\nQuestion: good ?\nAnswer:")["input_ids"])
-    (said,) = generate(model, tokenizer, [prompt], batch_size=1, max_new_tokens=50, stop="\n")
+    ((said,),) = generate(model, tokenizer, [prompt], batch_size=1, max_new_tokens=50, stop="\n")
     found = eval_model(MeZOConfig.from_dict({**config.to_dict(), "dataset_name": jsonl([{**row, "answers": [said]}])}))
     assert found.f1 == found.exact_match == 1.0
 
