@@ -1,6 +1,6 @@
 """Accuracy against forward passes and seconds, for plain MeZO and the methods that want to beat it.
 
-    python benchmarks/methods.py --models ../shared/models --data ../shared/data --output FILE.csv
+    python benchmarks/methods.py --models FOLDER --data FOLDER --output FILE.csv
         [--tasks minilm-mlm/sst2 …] [--methods mezo …] [--forwards 4000] [--seeds 0] [--jobs 1] [--final]
 
 Every method gets the same number of forward passes and the same number of learning rates, half a decade apart. 1,000
