@@ -12,7 +12,7 @@ from typing import NoReturn, TypeVar, get_type_hints
 import tyro
 
 from mezo import __version__
-from mezo.cli.options import EvalOptions, InspectOptions, MergeOptions, PresetsOptions, ReplayOptions
+from mezo.cli.options import EvalOptions, InspectOptions, MergeOptions, PlotOptions, PresetsOptions, ReplayOptions
 from mezo.config import PRESETS, MeZOConfig, coerced, preset, unknown_key_message
 from mezo.errors import EngineError, NonFiniteLossError, UserError
 
@@ -72,6 +72,13 @@ def _inspect(argv: list[str]) -> None:
     inspect(options)
 
 
+def _plot(argv: list[str]) -> None:
+    options = _parse(PlotOptions, argv, "mezo plot")
+    from mezo.cli.commands import plot
+
+    plot(options)
+
+
 def _merge(argv: list[str]) -> None:
     options = _parse(MergeOptions, argv, "mezo merge")
     from mezo.cli.commands import merge
@@ -109,6 +116,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "eval": (_eval, "accuracy and loss of a model, or of a model with an adapter"),
     "replay": (_replay, "rebuild the trained weights from the base model and the journal alone"),
     "inspect": (_inspect, "summary of a run's journal: settings, steps, losses, tokens computed and reused"),
+    "plot": (_plot, "losses, evaluations, projected_grad and speed of one or several runs, as PNG and HTML"),
     "merge": (_merge, "add a LoRA adapter to its base model and save a transformers model"),
     "bench": (_bench, "time and memory of a step on this machine, against plain forward passes"),
     "presets": (_presets, "list the paper's settings for --preset"),

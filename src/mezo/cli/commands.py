@@ -16,9 +16,10 @@ from rich.table import Column, Table
 from transformers.utils import logging as transformers_logging
 
 from mezo import api
+from mezo import plot as plots
 from mezo.bench import BenchOptions
 from mezo.bench import run as run_bench
-from mezo.cli.options import EvalOptions, InspectOptions, MergeOptions, ReplayOptions
+from mezo.cli.options import EvalOptions, InspectOptions, MergeOptions, PlotOptions, ReplayOptions
 from mezo.config import MeZOConfig
 from mezo.evaluation import Metrics
 from mezo.kernels import cpu as cpu_kernels
@@ -86,6 +87,13 @@ def inspect(options: InspectOptions) -> None:
         return
     for name, value in facts.items():
         print(f"{name:22} {f'{value:,.6g}' if isinstance(value, float) else value}")
+
+
+def plot(options: PlotOptions) -> None:
+    """`mezo plot`."""
+    _quiet()
+    for path in plots.write(options.runs, options.output, options.format):
+        print(f"plotted: {path}")
 
 
 def merge(options: MergeOptions) -> None:

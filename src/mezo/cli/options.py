@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import tyro
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvalOptions:
@@ -88,6 +90,21 @@ class InspectOptions:
 
     run: str
     json: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlotOptions:
+    """Plots runs side by side: losses, evaluations, projected_grad, speed; as a PNG and as one HTML file.
+
+    Args:
+        runs: Folders of the runs, or their journals.
+        output: Where the PNG goes; the HTML file beside it. plot.png in the first run's folder if not given.
+        format: What is written.
+    """
+
+    runs: tyro.conf.Positional[list[str]]
+    output: str | None = None
+    format: Literal["png", "html", "both"] = "both"
 
 
 @dataclass(frozen=True, kw_only=True)
