@@ -1,203 +1,32 @@
-"""`mezo plot`: what one or several runs did, as a PNG and as one HTML file.
-
-Losses and projected_grads are read from the journals, step by step; evaluations and speed from the log entries in
-trainer_state.json, as far as there is one. Single steps of MeZO are noisy, so that curves are means or medians over
-windows of many steps.
-"""
+"""`mezo plot`: what one or several runs did, as a PNG and as one HTML file."""
 
 from __future__ import annotations
 
 import base64
 import html
 import io
-import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
-from mezo import checkpoint, journal
-from mezo.api import journal_config
 from mezo.config import MeZOConfig
+from mezo.curves import Run, best_metric, comparable, histograms, load_runs, median_size, smoothed_loss, spread
 from mezo.errors import UserError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
-
 # Okabe and Ito's palette, which colour-blind readers can tell apart; further runs get another dash.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _Dash = Literal["-", "--", ":", "-."]
 _DASHES: tuple[_Dash, ...] = ("-", "--", ":", "-.")
 _MAX_RAW_RUNS = 3  # the single steps of more runs hide each other
-_CURVE_POINTS, _MEDIAN_POINTS, _NUM_BINS = 1000, 200, 61
-
-
-class Curve(NamedTuple):
-    """Values at steps; step n is the state after n steps."""
-
-    steps: Ints
-    values: Floats
-
-
-@dataclass(frozen=True)
-class Run:
-    """What is plotted of one run.
-
-    Args:
-        name: of its folder.
-        config: its settings, from the journal's header.
-        losses: mean of loss_plus and loss_minus of each step.
-        projected_grads: of each record: the coefficient of its direction times the number of directions in the step.
-        first_records: index of each step's first record, and the number of records at the end.
-        logged: other figures of the log entries: tokens_per_second and all that begin with eval_.
-    """
-
-    name: str
-    config: MeZOConfig
-    losses: Floats
-    projected_grads: Floats
-    first_records: Ints
-    logged: dict[str, Curve]
-
-    @property
-    def num_steps(self) -> int:
-        """Steps in the journal."""
-        return len(self.losses)
-
-    @property
-    def window(self) -> int:
-        """Steps that a point of a curve is the mean or median of."""
-        return smoothing_window(self.num_steps)
-
-
-# --- reading ----------------------------------------------------------------------------------------------------------
-
-
-def load_runs(paths: Sequence[str | Path]) -> list[Run]:
-    """Reads runs from their folders or journals; names are made unique by the folders above.
-
-    Raises:
-        UserError: no journal, a journal without steps, a state file that cannot be read, a run given twice.
-    """
-    folders = [path.resolve() if path.is_dir() else path.resolve().parent for path in map(Path, paths)]
-    if not folders:
-        raise UserError("mezo plot needs the folder of a run: mezo plot RUN [RUN …]")
-    for i, folder in enumerate(folders):
-        if folder in folders[:i]:
-            raise UserError(f"{paths[i]}: this run is given twice")
-    journals = [Path(path) / checkpoint.JOURNAL_NAME if Path(path).is_dir() else Path(path) for path in paths]
-    named = zip(unique_names(folders), journals, strict=True)
-    return [_load_run(name, path) for name, path in named]
-
-
-def unique_names(folders: Sequence[Path]) -> list[str]:
-    """The last part of each path, or as many of the last parts as tell them all apart."""
-    depth = 1
-    while len(names := {"/".join(folder.parts[-depth:]) for folder in folders}) < len(folders):
-        depth += 1
-    assert names
-    return ["/".join(folder.parts[-depth:]) for folder in folders]
-
-
-def _load_run(name: str, path: Path) -> Run:
-    contents = journal.read(path)
-    if not contents.steps:
-        raise UserError(f"{path}: the journal holds no step yet")
-    records = [r for step in contents.steps for r in step]
-    counts = np.array([len(step) for step in contents.steps])
-    first_records = np.concatenate(([0], np.cumsum(counts)))
-    means = np.array([(r.loss_plus + r.loss_minus) / 2 for r in records])
-    return Run(
-        name=name,
-        config=journal_config(contents),
-        losses=np.add.reduceat(means, first_records[:-1]) / counts,
-        projected_grads=np.array([r.coefficient * r.num_queries for r in records]),
-        first_records=first_records,
-        logged=_read_log(path.parent),
-    )
-
-
-def _read_log(folder: Path) -> dict[str, Curve]:
-    """Curves of the state file, of the newest checkpoint's if the run has none of its own yet; else none."""
-    places = [folder, *reversed(checkpoint.checkpoints(folder).values())]
-    path = next((place / checkpoint.STATE_NAME for place in places if (place / checkpoint.STATE_NAME).exists()), None)
-    if path is None:
-        return {}
-    points: dict[str, list[tuple[int, float]]] = {}
-    try:
-        for entry in json.loads(path.read_text())["log_history"]:
-            for key, value in entry.items():
-                if key == "tokens_per_second" or key.startswith("eval_"):
-                    points.setdefault(key, []).append((int(entry["step"]), float(value)))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{path}: not the state of a run ({error!r}); without the file, the journal alone is plotted"
-        ) from None
-    return {
-        key: Curve(np.array([s for s, _ in found]), np.array([v for _, v in found])) for key, found in points.items()
-    }
-
-
-# --- figures ----------------------------------------------------------------------------------------------------------
-
-
-def smoothing_window(num_steps: int) -> int:
-    """A twentieth of the run, but 2,000 steps at most."""
-    return min(max(num_steps // 20, 1), 2000)
-
-
-def smoothed_loss(run: Run) -> Curve:
-    """Mean loss over the window that ends with each step, from the first whole window on."""
-    return Curve(np.arange(run.window, run.num_steps + 1), moving_mean(run.losses, run.window))
-
-
-def moving_mean(values: Floats, window: int) -> Floats:
-    """Means of all `window` values that follow each other: [n] to [n − window + 1]."""
-    sums = np.concatenate(([0.0], np.cumsum(values)))
-    return (sums[window:] - sums[:-window]) / window
-
-
-def median_size(run: Run) -> Curve:
-    """Median of |projected_grad| over the window that ends with each step, at no more than 200 steps."""
-    sizes = np.abs(run.projected_grads)
-    steps = _spread(run.window, run.num_steps, _MEDIAN_POINTS)
-    starts, stops = run.first_records[steps - run.window], run.first_records[steps]
-    return Curve(steps, np.array([np.median(sizes[a:b]) for a, b in zip(starts, stops, strict=True)]))
-
-
-def bin_edges(runs: Sequence[Run]) -> Floats:
-    """Edges of bins around 0 that hold all but a 200th of each run's projected_grads."""
-    limit = max(float(np.quantile(np.abs(run.projected_grads), 0.995)) for run in runs)
-    return np.linspace(-1, 1, _NUM_BINS + 1) * (limit or 1.0)
-
-
-def shares(run: Run, edges: Floats) -> Floats:
-    """Percentage of a run's projected_grads in each bin; the outermost bins hold what lies beyond them too."""
-    counts, _ = np.histogram(np.clip(run.projected_grads, edges[0], edges[-1]), edges)
-    return 100 * counts / len(run.projected_grads)
-
-
-def best_metric(run: Run) -> tuple[str, float, int] | None:
-    """Name, value and step of the best evaluation by `metric_for_best_model`, as the trainer chooses it."""
-    name = run.config.metric_for_best_model
-    steps, values = run.logged.get(f"eval_{name}", Curve(np.array([0]), np.array([math.nan])))
-    sign = -1.0 if name == "loss" else 1.0
-    ranked = np.where((steps > 0) & np.isfinite(values), sign * values, -math.inf)
-    best = int(np.argmax(ranked))
-    return None if ranked[best] == -math.inf else (name, float(values[best]), int(steps[best]))
-
-
-def _spread(first: int, last: int, limit: int) -> Ints:
-    """`limit` whole numbers from `first` to `last`, or all of them."""
-    return np.unique(np.linspace(first, last, min(limit, last - first + 1)).round().astype(np.int64))
+_MAX_MARKERS = 30
+_CURVE_POINTS = 1000
 
 
 # --- drawing ----------------------------------------------------------------------------------------------------------
@@ -218,7 +47,7 @@ def draw(runs: Sequence[Run]) -> Figure:
     except ImportError:
         raise UserError("mezo plot needs matplotlib: pip install 'mezo[plot]'") from None
     panels = _panels(runs)
-    columns = 2 if len(panels) <= 4 else 3
+    columns = 2 if len(panels) == 4 else 3
     rows = math.ceil(len(panels) / columns)
     with matplotlib.rc_context():
         _set_style()
@@ -267,11 +96,11 @@ def _panels(runs: Sequence[Run]) -> list[Panel]:
 def _draw_loss(axes: Axes, runs: Sequence[Run]) -> None:
     for i, run in enumerate(runs):
         if run.window > 1 and len(runs) <= _MAX_RAW_RUNS:
-            raw = _spread(1, run.num_steps, _CURVE_POINTS)
+            raw = spread(1, run.num_steps, _CURVE_POINTS)
             axes.plot(raw, run.losses[raw - 1], color=colour(i), alpha=0.18, linewidth=0.7)
     for i, run in enumerate(runs):
         steps, values = smoothed_loss(run)
-        shown = _spread(0, len(steps) - 1, _CURVE_POINTS)
+        shown = spread(0, len(steps) - 1, _CURVE_POINTS)
         axes.plot(steps[shown], values[shown], color=colour(i), linestyle=_dash(i))
     low, high = np.quantile(np.concatenate([run.losses for run in runs]), (0.005, 0.995))
     axes.set_ylim(low - 0.05 * (high - low) - 1e-9, high + 0.05 * (high - low) + 1e-9)
@@ -282,25 +111,12 @@ def _logged_panel(key: str) -> Panel:
     def panel(axes: Axes, runs: Sequence[Run]) -> None:
         for i, run in enumerate(runs):
             if key in run.logged:
-                axes.plot(*run.logged[key], color=colour(i), linestyle=_dash(i), marker="o", markersize=4)
-        _dress(axes, key, key)
+                steps, values = run.logged[key]
+                marker = "o" if len(steps) <= _MAX_MARKERS else ""
+                axes.plot(steps, values, color=colour(i), linestyle=_dash(i), marker=marker, markersize=4)
+        _dress(axes, key)
 
     return panel
-
-
-def _draw_histogram(axes: Axes, runs: Sequence[Run]) -> None:
-    edges = bin_edges(runs)
-    for i, run in enumerate(runs):
-        axes.stairs(shares(run, edges), edges, color=colour(i), linestyle=_dash(i), linewidth=1.5)
-        axes.stairs(shares(run, edges), edges, color=colour(i), alpha=0.15, fill=True)
-    _dress(axes, "projected_grad", "% of directions in a bin", "projected_grad (outermost bins: all beyond)")
-
-
-def _draw_median(axes: Axes, runs: Sequence[Run]) -> None:
-    for i, run in enumerate(runs):
-        axes.plot(*median_size(run), color=colour(i), linestyle=_dash(i))
-    axes.set_ylim(bottom=0)
-    _dress(axes, "size of projected_grad", f"median |projected_grad| over {_windows(runs)}")
 
 
 def _draw_speed(axes: Axes, runs: Sequence[Run]) -> None:
@@ -309,7 +125,27 @@ def _draw_speed(axes: Axes, runs: Sequence[Run]) -> None:
     axes.yaxis.set_major_formatter("{x:,.0f}")
 
 
-def _dress(axes: Axes, title: str, ylabel: str, xlabel: str = "step") -> None:
+def _draw_histogram(axes: Axes, runs: Sequence[Run]) -> None:
+    edges, shares = histograms(runs)
+    for i, share in enumerate(shares):
+        axes.stairs(share, edges, color=colour(i), alpha=0.15, fill=True)
+        axes.stairs(share, edges, color=colour(i), linestyle=_dash(i), linewidth=1.5)
+    unit = "" if comparable(runs) else " / its median size"
+    _dress(axes, f"projected_grad{unit}", "% of directions", f"projected_grad{unit}, ends: all beyond")
+
+
+def _draw_median(axes: Axes, runs: Sequence[Run]) -> None:
+    for i, run in enumerate(runs):
+        axes.plot(*median_size(run), color=colour(i), linestyle=_dash(i))
+    if comparable(runs):
+        axes.set_ylim(bottom=0)
+    else:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+    _dress(axes, "median |projected_grad|", f"median over {_windows(runs)}")
+
+
+def _dress(axes: Axes, title: str, ylabel: str = "", xlabel: str = "step") -> None:
     axes.set_title(title)
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -102,7 +102,9 @@ class PlotOptions:
         format: What is written.
     """
 
-    runs: tyro.conf.Positional[list[str]]
+    runs: Annotated[
+        tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN …]", help_behavior_hint="(required)")
+    ]
     output: str | None = None
     format: Literal["png", "html", "both"] = "both"
 
