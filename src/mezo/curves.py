@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from mezo import checkpoint, journal
@@ -25,7 +26,7 @@ from mezo.errors import UserError
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
-_MEDIAN_POINTS, _MAX_BINS = 200, 61
+_CURVE_POINTS, _MEDIAN_POINTS, _MAX_BINS = 1000, 200, 61
 
 
 class Curve(NamedTuple):
@@ -88,11 +89,11 @@ def load_runs(paths: Sequence[str | Path]) -> list[Run]:
 
 def unique_names(folders: Sequence[Path]) -> list[str]:
     """The last part of each path, or as many of the last parts as tell them all apart."""
-    depth = 1
-    while len(names := {"/".join(folder.parts[-depth:]) for folder in folders}) < len(folders):
+    names, depth = [folder.name for folder in folders], 1
+    while len(set(names)) < len(names):
         depth += 1
-    assert names
-    return ["/".join(folder.parts[-depth:]) for folder in folders]
+        names = ["/".join(folder.parts[-depth:]) for folder in folders]
+    return names
 
 
 def _load_run(name: str, path: Path) -> Run:
@@ -125,7 +126,7 @@ def _read_log(folder: Path) -> dict[str, Curve]:
             for key, value in entry.items():
                 if key == "tokens_per_second" or key.startswith("eval_"):
                     points.setdefault(key, []).append((int(entry["step"]), float(value)))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise UserError(
             f"{path}: not the state of a run ({error!r}); without the file, the journal alone is plotted"
         ) from None
@@ -143,14 +144,14 @@ def smoothing_window(num_steps: int) -> int:
 
 
 def smoothed_loss(run: Run) -> Curve:
-    """Mean loss over the window that ends with each step, from the first whole window on."""
-    return Curve(np.arange(run.window, run.num_steps + 1), moving_mean(run.losses, run.window))
+    """Mean loss over the window that ends with each step."""
+    return moving_mean(run.losses, run.window)
 
 
-def moving_mean(values: Floats, window: int) -> Floats:
-    """Means of all `window` values that follow each other: [n] to [n − window + 1]."""
-    sums = np.concatenate(([0.0], np.cumsum(values)))
-    return (sums[window:] - sums[:-window]) / window
+def moving_mean(values: Floats, window: int) -> Curve:
+    """Means of the `window` values up to the n-th, at no more than 1,000 of all n for which there are so many."""
+    ends = spread(window, len(values), _CURVE_POINTS)
+    return Curve(ends, sliding_window_view(values, window)[ends - window].mean(axis=1))
 
 
 def median_size(run: Run) -> Curve:
@@ -159,6 +160,12 @@ def median_size(run: Run) -> Curve:
     steps = spread(run.window, run.num_steps, _MEDIAN_POINTS)
     starts, stops = run.first_records[steps - run.window], run.first_records[steps]
     return Curve(steps, np.array([np.median(sizes[a:b]) for a, b in zip(starts, stops, strict=True)]))
+
+
+def single_losses(run: Run) -> Curve:
+    """Losses of single steps, at no more than 1,000 of them."""
+    steps = spread(1, run.num_steps, _CURVE_POINTS)
+    return Curve(steps, run.losses[steps - 1])
 
 
 def median_sizes(runs: Sequence[Run]) -> list[float]:

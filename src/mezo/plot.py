@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import html
 import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from mezo.config import MeZOConfig
-from mezo.curves import Run, best_metric, comparable, histograms, load_runs, median_size, smoothed_loss, spread
+from mezo.curves import (
+    Run,
+    best_metric,
+    comparable,
+    histograms,
+    load_runs,
+    median_size,
+    moving_mean,
+    single_losses,
+    smoothed_loss,
+    smoothing_window,
+)
 from mezo.errors import UserError
 
 if TYPE_CHECKING:
@@ -24,9 +36,8 @@ if TYPE_CHECKING:
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _Dash = Literal["-", "--", ":", "-."]
 _DASHES: tuple[_Dash, ...] = ("-", "--", ":", "-.")
-_MAX_RAW_RUNS = 3  # the single steps of more runs hide each other
+_SPEED = "tokens_per_second"
 _MAX_MARKERS = 30
-_CURVE_POINTS = 1000
 
 
 # --- drawing ----------------------------------------------------------------------------------------------------------
@@ -34,46 +45,54 @@ _CURVE_POINTS = 1000
 Panel = Callable[["Axes", Sequence[Run]], None]
 
 
+@contextlib.contextmanager
+def _style() -> Iterator[None]:
+    """matplotlib's own defaults, whatever the user's are, with less ink."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("mezo plot needs matplotlib: pip install 'mezo[plot]'") from None
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rc("font", size=10)
+        matplotlib.rc("figure", dpi=150)
+        matplotlib.rc("lines", linewidth=1.8)
+        matplotlib.rc("grid", color="#e6e6e6")
+        matplotlib.rc("axes", titlesize=11, titleweight="bold", titlelocation="left", edgecolor="#888888")
+        matplotlib.rc("axes", grid=True, axisbelow=True)
+        matplotlib.rc("axes.spines", top=False, right=False)
+        yield
+
+
+@_style()
 def draw(runs: Sequence[Run]) -> Figure:
-    """One figure of all runs: losses, evaluations, projected_grad and speed, 1200 by 800 units.
+    """One figure of all runs: losses, evaluations, projected_grad and speed, three panels wide.
 
     Raises:
         UserError: matplotlib is not installed.
     """
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-        from matplotlib.lines import Line2D
-    except ImportError:
-        raise UserError("mezo plot needs matplotlib: pip install 'mezo[plot]'") from None
+    from matplotlib.figure import Figure
+
     panels = _panels(runs)
     columns = 2 if len(panels) == 4 else 3
     rows = math.ceil(len(panels) / columns)
-    with matplotlib.rc_context():
-        _set_style()
-        figure = Figure(figsize=(12, 4 * rows), layout="constrained")
-        for place, panel in enumerate(panels, start=1):
-            panel(figure.add_subplot(rows, columns, place), runs)
-        handles = [Line2D([], [], color=colour(i), linestyle=_dash(i), linewidth=3) for i in range(len(runs))]
-        legend = figure.legend(handles, ["run"] * len(runs), loc="outside upper left", ncols=4, frameon=False)
-        for text, run in zip(legend.get_texts(), runs, strict=True):
-            text.set_parse_math(False)  # a folder's name may hold a dollar sign
-            text.set_text(run.name)
+    figure = Figure(figsize=(12, 4 * rows), layout="constrained")
+    for place, panel in enumerate(panels, start=1):
+        panel(figure.add_subplot(rows, columns, place), runs)
+    _add_legend(figure, runs)
     return figure
 
 
-def _set_style() -> None:
-    """matplotlib's own defaults, whatever the user's are, with less ink."""
-    import matplotlib
+def _add_legend(figure: Figure, runs: Sequence[Run]) -> None:
+    """Names of the runs above all panels, as many in a line as there is room for."""
+    from matplotlib.lines import Line2D
 
-    matplotlib.rcdefaults()
-    matplotlib.rc("font", size=10)
-    matplotlib.rc("figure", dpi=150)
-    matplotlib.rc("lines", linewidth=1.8)
-    matplotlib.rc("grid", color="#e6e6e6")
-    matplotlib.rc("axes", titlesize=11, titleweight="bold", titlelocation="left", edgecolor="#888888")
-    matplotlib.rc("axes", grid=True, axisbelow=True)
-    matplotlib.rc("axes.spines", top=False, right=False)
+    handles = [Line2D([], [], color=colour(i), linestyle=_dash(i), linewidth=3) for i in range(len(runs))]
+    columns = max(1, 180 // (10 + max(len(run.name) for run in runs)))
+    legend = figure.legend(handles, ["run"] * len(runs), loc="outside upper left", ncols=columns, frameon=False)
+    for text, run in zip(legend.get_texts(), runs, strict=True):
+        text.set_parse_math(False)  # a folder's name may hold a dollar sign
+        text.set_text(run.name)
 
 
 def colour(index: int) -> str:
@@ -90,21 +109,19 @@ def _panels(runs: Sequence[Run]) -> list[Panel]:
     logged = {key for run in runs for key in run.logged}
     metrics = sorted((key for key in logged if key.startswith("eval_")), key=lambda key: (key != "eval_loss", key))
     panels = [_draw_loss, *(_logged_panel(key) for key in metrics), _draw_histogram, _draw_median]
-    return [*panels, _draw_speed] if "tokens_per_second" in logged else panels
+    return [*panels, _draw_speed] if _SPEED in logged else panels
 
 
 def _draw_loss(axes: Axes, runs: Sequence[Run]) -> None:
+    if _few(runs):
+        for i, run in enumerate(runs):
+            axes.plot(*single_losses(run), color=colour(i), alpha=0.18, linewidth=0.7)
+        low, high = np.quantile(np.concatenate([run.losses for run in runs]), (0.005, 0.995))
+        margin = 0.05 * (high - low) or 0.01
+        axes.set_ylim(low - margin, high + margin)
     for i, run in enumerate(runs):
-        if run.window > 1 and len(runs) <= _MAX_RAW_RUNS:
-            raw = spread(1, run.num_steps, _CURVE_POINTS)
-            axes.plot(raw, run.losses[raw - 1], color=colour(i), alpha=0.18, linewidth=0.7)
-    for i, run in enumerate(runs):
-        steps, values = smoothed_loss(run)
-        shown = spread(0, len(steps) - 1, _CURVE_POINTS)
-        axes.plot(steps[shown], values[shown], color=colour(i), linestyle=_dash(i))
-    low, high = np.quantile(np.concatenate([run.losses for run in runs]), (0.005, 0.995))
-    axes.set_ylim(low - 0.05 * (high - low) - 1e-9, high + 0.05 * (high - low) + 1e-9)
-    _dress(axes, "training loss", f"loss, mean over {_windows(runs)}")
+        axes.plot(*smoothed_loss(run), color=colour(i), linestyle=_dash(i))
+    _dress(axes, "training loss", f"loss, mean over {_windows([run.window for run in runs], 'step', 'steps')}")
 
 
 def _logged_panel(key: str) -> Panel:
@@ -120,18 +137,26 @@ def _logged_panel(key: str) -> Panel:
 
 
 def _draw_speed(axes: Axes, runs: Sequence[Run]) -> None:
-    _logged_panel("tokens_per_second")(axes, runs)
+    windows = []
+    for i, run in enumerate(runs):
+        if _SPEED in run.logged:
+            steps, values = run.logged[_SPEED]
+            windows.append(smoothing_window(len(steps)))
+            ends, means = moving_mean(values, windows[-1])
+            axes.plot(steps[ends - 1], means, color=colour(i), linestyle=_dash(i))
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter("{x:,.0f}")
+    _dress(axes, _SPEED, f"mean over {_windows(windows, 'log entry', 'log entries')}")
 
 
 def _draw_histogram(axes: Axes, runs: Sequence[Run]) -> None:
     edges, shares = histograms(runs)
     for i, share in enumerate(shares):
-        axes.stairs(share, edges, color=colour(i), alpha=0.15, fill=True)
+        if _few(runs):
+            axes.stairs(share, edges, color=colour(i), alpha=0.15, fill=True)
         axes.stairs(share, edges, color=colour(i), linestyle=_dash(i), linewidth=1.5)
     unit = "" if comparable(runs) else " / its median size"
-    _dress(axes, f"projected_grad{unit}", "% of directions", f"projected_grad{unit}, ends: all beyond")
+    _dress(axes, f"projected_grad{unit}", "% of directions", "value; the outermost bins hold all beyond them")
 
 
 def _draw_median(axes: Axes, runs: Sequence[Run]) -> None:
@@ -142,7 +167,7 @@ def _draw_median(axes: Axes, runs: Sequence[Run]) -> None:
     else:
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
-    _dress(axes, "median |projected_grad|", f"median over {_windows(runs)}")
+    _dress(axes, "median |projected_grad|", f"median over {_windows([run.window for run in runs], 'step', 'steps')}")
 
 
 def _dress(axes: Axes, title: str, ylabel: str = "", xlabel: str = "step") -> None:
@@ -154,10 +179,15 @@ def _dress(axes: Axes, title: str, ylabel: str = "", xlabel: str = "step") -> No
         axes.locator_params(axis="x", nbins=5, integer=True)
 
 
-def _windows(runs: Sequence[Run]) -> str:
-    shortest, longest = min(run.window for run in runs), max(run.window for run in runs)
+def _windows(windows: Sequence[int], one: str, many: str) -> str:
+    shortest, longest = min(windows), max(windows)
     span = f"{longest:,}" if shortest == longest else f"{shortest:,} to {longest:,}"
-    return f"{span} step{'s' if longest > 1 else ''}"
+    return f"{span} {one if longest == 1 else many}"
+
+
+def _few(runs: Sequence[Run]) -> bool:
+    """Whether single steps and filled areas can be shown; those of more runs hide each other."""
+    return len(runs) <= 3
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -183,6 +213,7 @@ def write(paths: Sequence[str], output: str | None, form: Literal["png", "html",
     return written
 
 
+@_style()
 def to_png(figure: Figure) -> bytes:
     """The figure as a PNG file."""
     buffer = io.BytesIO()
