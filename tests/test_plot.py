@@ -168,6 +168,16 @@ def test_curves_of_two_runs_are_drawn_with_their_names(tmp_path):
     assert [h.get_color() for h in handles] == [line.get_color() for line in accuracy]
 
 
+def test_panels_over_steps_share_their_axis_and_hide_nothing(tmp_path):
+    runs = plot.load_runs([make_run(tmp_path / "a", [1.0] * 4, log=[*LOG, {"eval_loss": 1.0, "step": 30}])])
+    figure = plot.draw(runs)
+    plot.to_png(figure)
+    limits = {axes.get_xlim() for axes in figure.axes if axes.get_xlabel() == "step"}
+    ((low, high),) = limits
+    assert low < 0
+    assert high > 30
+
+
 def test_the_label_names_the_windows(tmp_path):
     runs = plot.load_runs([make_run(tmp_path / "a", [1.0] * 400), make_run(tmp_path / "b", [1.0] * 100)])
     assert panel(plot.draw(runs), "training loss").get_ylabel() == "loss, mean over 5 to 20 steps"
@@ -278,7 +288,7 @@ def test_html_needs_no_other_file_and_escapes_names(tmp_path, capsys):
     rows = [re.findall(r"<td>(?:<span.*?</span> )?(.*?)</td>", line) for line in text.splitlines() if "<td>" in line]
     assert rows == [
         ["&lt;b&gt;&amp;$x$_{y", "model", "lora r=8, spsa", "0.0003", "0.001", "4 of 5,000", "0.5000 (mean of 1)",
-         "accuracy 0.7500 at step 4"],
+         "eval_accuracy 0.7500 at step 4"],
         ["_other", "model", "all parameters, spsa, 4 queries", "1e-06", "0.02", "1 of 9", "1.0000 (mean of 1)",
          "none"],
     ]  # fmt: skip

@@ -79,6 +79,9 @@ def draw(runs: Sequence[Run]) -> Figure:
     figure = Figure(figsize=(12, 4 * rows), layout="constrained")
     for place, panel in enumerate(panels, start=1):
         panel(figure.add_subplot(rows, columns, place), runs)
+    first, *others = [axes for axes in figure.axes if axes.get_xlabel() == "step"]
+    for axes in others:
+        axes.sharex(first)
     _add_legend(figure, runs)
     return figure
 
@@ -144,7 +147,7 @@ def _draw_speed(axes: Axes, runs: Sequence[Run]) -> None:
             windows.append(smoothing_window(len(steps)))
             ends, means = moving_mean(values, windows[-1])
             axes.plot(steps[ends - 1], means, color=colour(i), linestyle=_dash(i))
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.1 * axes.get_ylim()[1])
     axes.yaxis.set_major_formatter("{x:,.0f}")
     _dress(axes, _SPEED, f"mean over {_windows(windows, 'log entry', 'log entries')}")
 
@@ -163,7 +166,7 @@ def _draw_median(axes: Axes, runs: Sequence[Run]) -> None:
     for i, run in enumerate(runs):
         axes.plot(*median_size(run), color=colour(i), linestyle=_dash(i))
     if comparable(runs):
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.1 * axes.get_ylim()[1])
     else:
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
@@ -250,7 +253,7 @@ def _facts(run: Run) -> dict[str, str]:
         "epsilon": f"{config.epsilon:g}",
         "steps": f"{run.num_steps:,} of {config.max_steps:,}",
         "last loss": f"{smoothed_loss(run).values[-1]:.4f} (mean of {run.window:,})",
-        "best metric": f"{best[0]} {best[1]:.4f} at step {best[2]:,}" if best else "none",
+        "best metric": f"eval_{best[0]} {best[1]:.4f} at step {best[2]:,}" if best else "none",
     }
 
 
