@@ -274,7 +274,7 @@ def test_output_and_format(tmp_path, capsys, form, name):
 
 def test_html_needs_no_other_file_and_escapes_names(tmp_path, capsys):
     settings = {"learning_rate": 3e-4, "max_steps": 5000, "metric_for_best_model": "accuracy"}
-    run = make_run(tmp_path / "<b>&$x$_{y", [1.0, 2.0, 1.5, 0.5], log=LOG, use_peft=True, **settings)
+    run = make_run(tmp_path / "<b>&$x_{y$", [1.0, 2.0, 1.5, 0.5], log=LOG, use_peft=True, **settings)
     other = make_run(tmp_path / "_other", [1.0], num_queries=4, epsilon=0.02, learning_rate=1e-6, max_steps=9)
     mezo(capsys, "plot", run, other, "--output", tmp_path / "p.png")
     page = (tmp_path / "p.html").read_text()
@@ -284,15 +284,15 @@ def test_html_needs_no_other_file_and_escapes_names(tmp_path, capsys):
     assert not re.search(r"https?:|//|<script|<link|@import|url\(", text)
     assert len(re.findall(r"\ssrc=|\shref=", text)) == 1
     assert "<b>" not in text
-    assert text.count("&lt;b&gt;&amp;$x$_{y") == 2
+    assert text.count("&lt;b&gt;&amp;$x_{y$") == 2
     rows = [re.findall(r"<td>(?:<span.*?</span> )?(.*?)</td>", line) for line in text.splitlines() if "<td>" in line]
     assert rows == [
-        ["&lt;b&gt;&amp;$x$_{y", "model", "lora r=8, spsa", "0.0003", "0.001", "4 of 5,000", "0.5000 (mean of 1)",
+        ["&lt;b&gt;&amp;$x_{y$", "model", "lora r=8, spsa", "0.0003", "0.001", "4 of 5,000", "0.5000 (mean of 1)",
          "eval_accuracy 0.7500 at step 4"],
         ["_other", "model", "all parameters, spsa, 4 queries", "1e-06", "0.02", "1 of 9", "1.0000 (mean of 1)",
          "none"],
     ]  # fmt: skip
-    assert names(plot.draw(plot.load_runs([run, other]))) == ["<b>&$x$_{y", "_other"]
+    assert names(plot.draw(plot.load_runs([run, other]))) == ["<b>&$x_{y$", "_other"]
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------
