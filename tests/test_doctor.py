@@ -403,7 +403,7 @@ def test_unreadable_runs_give_one_line(capsys, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
     journal.Journal.create(other / "journal", {"format": journal.FORMAT_VERSION}).close()
-    with pytest.raises(UserError, match="no 'config'"):
+    with pytest.raises(UserError, match="no JSON object with a config"):
         read_run(other)
 
 

@@ -237,8 +237,11 @@ def test_conversations_need_a_chat_template_and_an_answer(byte_level):
     with pytest.raises(UserError, match="no chat template"):
         encode(tokenizer, {"messages": TURNS})
     tokenizer.chat_template = CHAT
-    for messages in (TURNS[:-1], []):
-        with pytest.raises(UserError, match="row 0: messages must be a list that ends with an assistant's message"):
+    for messages, message in (
+        (TURNS[:-1], "messages must be a list that ends with an assistant's message"),
+        ([], "column 'messages' must hold a list of messages"),
+    ):
+        with pytest.raises(UserError, match=f"row 0: {message}"):
             encode(tokenizer, {"messages": messages})
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}now{% endif %}"

@@ -41,8 +41,8 @@ def spoil(trainer, row, value):
     """Gives one training row the loss `value`."""
     bad, losses = trainer.train_examples[row], trainer.engine.losses
 
-    def spoiled(examples, probes):
-        losses_PN = losses(examples, probes)
+    def spoiled(examples, probes, loss):
+        losses_PN = losses(examples, probes, loss)
         return losses_PN.masked_fill(torch.tensor([e is bad for e in examples]), value)
 
     trainer.engine.losses = spoiled
@@ -66,7 +66,7 @@ def test_one_bad_row_is_named_by_number_and_text(model_folder, tmp_path, value):
 
 def test_losses_whose_mean_overflows_are_no_single_rows(model_folder, tmp_path):
     trainer = trainer_of(model_folder("llama"), tmp_path / "run", epsilon=1e-300)
-    trainer.engine.losses = lambda examples, probes: torch.tensor([[3e38], [-3e38]]).expand(-1, len(examples))
+    trainer.engine.losses = lambda examples, *_: torch.tensor([[3e38], [-3e38]]).expand(-1, len(examples))
     with pytest.raises(NonFiniteLossError, match="their mean overflows"):
         trainer.train()
 
@@ -78,7 +78,7 @@ def test_losses_that_never_differ_are_said_once(model_folder, tmp_path, caplog, 
     trainer = trainer_of(model_folder("llama"), tmp_path / "run", max_steps=400, save_steps=1000, **estimator)
     calls = []
 
-    def losses(examples, probes):
+    def losses(examples, probes, loss):
         calls.append(1)
         flat = torch.ones(len(probes), len(examples))
         if len(calls) in (99, 250):  # a lively step: 99 flat ones say nothing yet, and it is said once

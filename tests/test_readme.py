@@ -30,8 +30,8 @@ def blocks(language: str) -> list[str]:
 def folder(tmp_path, model_folder):
     """A working folder with the repository's examples, and stand-ins for models and data of the Hub."""
     (tmp_path / "examples").symlink_to(ROOT / "examples")
-    (tmp_path / "facebook").mkdir()
-    (tmp_path / "facebook" / "opt-125m").symlink_to(model_folder("opt"))
+    (tmp_path / "Qwen").mkdir()
+    (tmp_path / "Qwen" / "Qwen2.5-0.5B").symlink_to(model_folder("qwen2"))
     (tmp_path / "roberta-base").symlink_to(model_folder("roberta"))
     (tmp_path / "glue").mkdir()
     for split in ("train", "validation"):

@@ -17,6 +17,7 @@ from mezo.cli.options import (
     EvalOptions,
     InspectOptions,
     MergeOptions,
+    PlotOptions,
     PresetsOptions,
     ReplayOptions,
     TuneOptions,
@@ -87,6 +88,13 @@ def _doctor(argv: list[str]) -> None:
     doctor(options)
 
 
+def _plot(argv: list[str]) -> None:
+    options = _parse(PlotOptions, argv, "mezo plot")
+    from mezo.cli.commands import plot
+
+    plot(options)
+
+
 def _merge(argv: list[str]) -> None:
     options = _parse(MergeOptions, argv, "mezo merge")
     from mezo.cli.commands import merge
@@ -133,6 +141,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "replay": (_replay, "rebuild the trained weights from the base model and the journal alone"),
     "inspect": (_inspect, "summary of a run's journal: settings, steps, losses, tokens computed and reused"),
     "doctor": (_doctor, "what ails a run, with its numbers, and what to do next"),
+    "plot": (_plot, "losses, evaluations, projected_grad and speed of one or several runs, as PNG and HTML"),
     "merge": (_merge, "add a LoRA adapter to its base model and save a transformers model"),
     "bench": (_bench, "time and memory of a step on this machine, against plain forward passes"),
     "presets": (_presets, "list the paper's settings for --preset"),

@@ -16,9 +16,18 @@ from rich.table import Column, Table
 from transformers.utils import logging as transformers_logging
 
 from mezo import api
+from mezo import plot as plots
 from mezo.bench import BenchOptions
 from mezo.bench import run as run_bench
-from mezo.cli.options import DoctorOptions, EvalOptions, InspectOptions, MergeOptions, ReplayOptions, TuneOptions
+from mezo.cli.options import (
+    DoctorOptions,
+    EvalOptions,
+    InspectOptions,
+    MergeOptions,
+    PlotOptions,
+    ReplayOptions,
+    TuneOptions,
+)
 from mezo.config import MeZOConfig
 from mezo.doctor import diagnose, read_run
 from mezo.errors import UserError
@@ -163,6 +172,13 @@ def doctor(options: DoctorOptions) -> None:
 
 
 _STYLES = {"problem": "bold red", "warning": "yellow", "note": "cyan", "ok": "green"}
+
+
+def plot(options: PlotOptions) -> None:
+    """`mezo plot`."""
+    _quiet()
+    for path in plots.write(options.runs, options.output, options.format):
+        print(f"plotted: {path}")
 
 
 def merge(options: MergeOptions) -> None:

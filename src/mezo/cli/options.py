@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+import tyro
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +111,23 @@ class DoctorOptions:
 
     run: str
     json: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlotOptions:
+    """Plots runs side by side: losses, evaluations, projected_grad, speed; as a PNG and as one HTML file.
+
+    Args:
+        runs: Folders of the runs, or their journals.
+        output: Where the PNG goes; the HTML file beside it. plot.png in the first run's folder if not given.
+        format: What is written.
+    """
+
+    runs: Annotated[
+        tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN …]", help_behavior_hint="(required)")
+    ]
+    output: str | None = None
+    format: Literal["png", "html", "both"] = "both"
 
 
 @dataclass(frozen=True, kw_only=True)
