@@ -31,7 +31,7 @@ def folder(tmp_path, model_folder):
     """A working folder with the repository's examples, and stand-ins for models and data of the Hub."""
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     (tmp_path / "Qwen").mkdir()
-    (tmp_path / "Qwen" / "Qwen2.5-0.5B").symlink_to(model_folder("qwen2"))
+    (tmp_path / "Qwen" / "Qwen2.5-0.5B").symlink_to(model_folder("llama"))
     (tmp_path / "roberta-base").symlink_to(model_folder("roberta"))
     (tmp_path / "glue").mkdir()
     for split in ("train", "validation"):
