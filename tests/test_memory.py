@@ -7,7 +7,8 @@ import torch
 
 from mezo import MeZOConfig, UserError, mezo_finetune
 from mezo.api import build_trainer
-from mezo.engines.torch.engine import length_groups
+from mezo.cli import main
+from mezo.engines.torch.engine import TorchEngine, length_groups
 from mezo.errors import EngineError
 from mezo.estimator import Probe
 from tests.conftest import SENTIMENT_ROWS
@@ -16,15 +17,23 @@ PROBES = [Probe(7, 0.05), Probe(7, -0.05)]
 PROMPT = {"template": "{text} it was", "label_words": {"0": "bad", "1": "great , good"}}
 
 
-def small_memory(model, tokens):
-    """Passes of more tokens raise what a GPU raises."""
+def on_gpu():
+    raise torch.OutOfMemoryError("injected")
+
+
+def on_cpu():
+    torch.empty(1 << 60)  # what PyTorch's own allocator raises
+
+
+def small_memory(model, tokens, run_out=on_gpu):
+    """Passes of more tokens raise what a GPU or a CPU raises."""
     seen = []
 
     def check(_, args, kwargs):
         size = (*args, kwargs.get("input_ids"))[0].numel()
         seen.append(size)
         if size > tokens:
-            raise torch.OutOfMemoryError("injected")
+            run_out()
 
     model.get_decoder().register_forward_pre_hook(check, with_kwargs=True)
     return seen
@@ -33,10 +42,11 @@ def small_memory(model, tokens):
 @pytest.mark.parametrize(
     "options", [{}, {"use_peft": True}, {"direction": "low_rank"}], ids=["full", "lora", "low rank"]
 )
-def test_losses_do_not_depend_on_memory(model_folder, options):
+@pytest.mark.parametrize("run_out", [on_gpu, on_cpu])
+def test_losses_do_not_depend_on_memory(model_folder, options, run_out):
     config = MeZOConfig(model_name_or_path=model_folder("llama"), seed=3, **PROMPT, **options)
     roomy, tight = (build_trainer(config, SENTIMENT_ROWS[:20]) for _ in range(2))
-    seen = small_memory(tight.engine.model, 200)
+    seen = small_memory(tight.engine.model, 200, run_out)
     expected = roomy.engine.losses(roomy.train_examples, PROBES)
     assert (tight.engine.losses(tight.train_examples, PROBES) - expected).abs().max() < 1e-5
     assert max(seen) > 200
@@ -88,3 +98,26 @@ def test_padding_is_logged(model_folder, tmp_path):
     trainer = build_trainer(MeZOConfig(model_name_or_path=model_folder("llama")), rows)
     short, long = sorted(e.num_tokens for e in trainer.train_examples)
     assert entry["padding_percent"] == pytest.approx(100 * (long - short) / (2 * long), abs=0.01)
+
+
+def test_no_memory_at_all_is_one_line_and_keeps_what_was_saved(model_folder, jsonl, tmp_path, capsys, monkeypatch):
+    """A run that has lost its memory at step 3 ends with 1; it goes on where memory is."""
+    command = ["train", "--model_name_or_path", model_folder("llama"), "--dataset_name", jsonl(SENTIMENT_ROWS[:8]),
+               "--template", "{text} it was", "--label_words", "0", "bad", "1", "good", "--use_peft",
+               "--max_steps", "5", "--output_dir", str(tmp_path / "run"), "--disable_tqdm"]  # fmt: skip
+    update, steps = TorchEngine.update, []
+
+    def failing(self, records):
+        steps.append(1)
+        if len(steps) == 3:
+            on_cpu()
+        update(self, records)
+
+    monkeypatch.setattr(TorchEngine, "update", failing)
+    with pytest.raises(SystemExit) as end:
+        main(command)
+    assert end.value.code == 1
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith("mezo: error: out of memory; what was saved is intact")
+    main([*command, "--resume_from_checkpoint"])
+    assert json.loads((tmp_path / "run" / "trainer_state.json").read_text())["global_step"] == 5

@@ -125,6 +125,9 @@ class MeZOConfig:
         metric_for_best_model: Evaluation metric that decides which checkpoint is the best: loss, accuracy, f1 or
             exact_match.
         resume_from_checkpoint: Go on with the run in output_dir, if there is one, where its journal ends.
+        push_to_hub: Upload the finished run to the Hub, with the account of `hf auth login` or HF_TOKEN.
+        hub_model_id: Its repository; the name of output_dir if not given.
+        hub_private_repo: Whether a new repository is private; the account's default if not given.
         report_to: Trackers as in transformers: none, tensorboard, wandb, trackio, …
         run_name: Name of the run for the trackers.
         disable_tqdm: Show no progress bar.
@@ -218,6 +221,9 @@ class MeZOConfig:
     load_best_model_at_end: bool = False
     metric_for_best_model: Literal["loss", "accuracy", "f1", "exact_match", "reward"] = "loss"
     resume_from_checkpoint: bool = False
+    push_to_hub: bool = False
+    hub_model_id: str | None = None
+    hub_private_repo: bool | None = None
     report_to: str = "none"
     run_name: str | None = None
     disable_tqdm: bool = False

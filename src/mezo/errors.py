@@ -15,3 +15,12 @@ class NonFiniteLossError(RuntimeError):
 
 class EngineError(RuntimeError):
     """An engine outside this process failed or refused; the journal and everything saved are intact."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, on a GPU or, where PyTorch raises a plain RuntimeError, on a CPU."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError) and "allocate memory" in str(error))
+    )

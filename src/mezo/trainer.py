@@ -23,6 +23,7 @@ from mezo.errors import NonFiniteLossError, UserError
 from mezo.estimator import ESTIMATORS, Estimator, Outcome, QuantileClip, Record, is_finite, scheduled_rate
 from mezo.evaluation import Metrics, evaluate
 from mezo.header import check_header
+from mezo.hub import push_run
 from mezo.model_card import model_card
 from mezo.objective import Example, batch_loss
 
@@ -157,7 +158,7 @@ class MeZOTrainer:
         try:
             if self._unfinished_step or self.state.global_step < self.config.max_steps:
                 self._loop()
-            return self._finish()
+            result = self._finish()
         except BaseException:
             for callback in self.callbacks.callbacks:
                 if isinstance(callback, ProgressCallback):
@@ -165,6 +166,11 @@ class MeZOTrainer:
             raise
         finally:
             self._journal.close()
+        if self.config.push_to_hub:
+            repo_id = self.config.hub_model_id or self.run.resolve().name
+            address = push_run(self.run, repo_id, private=self.config.hub_private_repo)
+            logger.warning("uploaded to %s", address)
+        return result
 
     def _loop(self) -> None:
         self._event("on_train_begin")

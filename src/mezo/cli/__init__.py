@@ -23,7 +23,7 @@ from mezo.cli.options import (
     TuneOptions,
 )
 from mezo.config import PRESETS, MeZOConfig, coerced, preset, unknown_key_message
-from mezo.errors import EngineError, NonFiniteLossError, UserError
+from mezo.errors import EngineError, NonFiniteLossError, UserError, is_out_of_memory
 
 _Options = TypeVar("_Options")
 
@@ -47,6 +47,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         _fail(str(error))
     except OSError as error:
         _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        _fail(f"out of memory; what was saved is intact, a smaller batch or dtype may fit ({_first_line(error)})")
     except KeyboardInterrupt:
         _fail(
             "interrupted; every finished step is in the journal, --resume_from_checkpoint goes on from there", code=130
@@ -246,6 +250,10 @@ def _help() -> str:
         f"mezo {__version__}: fine-tune language models with forward passes only\n\n"
         f"usage: mezo COMMAND [options]\n\n{lines}\n\nmezo COMMAND --help lists a command's options."
     )
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
 def _fail(message: str, code: int = 1) -> NoReturn:

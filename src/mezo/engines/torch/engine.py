@@ -12,7 +12,7 @@ import inspect
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -37,7 +37,7 @@ from mezo.engines.torch.optimizer import Optimizer, load_state, save_state
 from mezo.engines.torch.perturbed import BATCHED_MODELS, Dense, PerturbedForward
 from mezo.engines.torch.reuse import Stage, TensorStore, cache_of_rows, rows_of_cache, shared_prefixes
 from mezo.engines.torch.space import ParameterSpace, tensors_digest
-from mezo.errors import EngineError
+from mezo.errors import EngineError, is_out_of_memory
 from mezo.estimator import UNPERTURBED, Probe, Record
 from mezo.objective import Example, TargetScores, TokenSequence, common_prefix, example_losses
 
@@ -320,8 +320,11 @@ class TorchEngine:
     def _fitting(self, examples: Sequence[Example], probes: Sequence[Probe], *, greedy: bool) -> list[TargetScores]:
         """`_scores`, in halves where memory does not hold them at once; later passes are cut to what did not fit."""
         before = (self.work.computed, self.work.padding)
-        with suppress(torch.OutOfMemoryError):
+        try:
             return self._scores(examples, probes, greedy=greedy)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
         # Outside the handler, whose traceback holds the pass's tensors.
         self.work.computed, self.work.padding = before
         gc.collect()
