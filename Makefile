@@ -7,7 +7,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: setup demo test test-sglang check bench clean
+.PHONY: setup demo test test-sglang check docs bench clean
 
 setup: $(VENV)/.installed
 
@@ -43,6 +43,9 @@ check: setup
 	$(BIN)/mypy --python-version 3.12
 	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive src/mezo
 	$(BIN)/python tests/check_links.py
+
+docs: setup
+	$(BIN)/mkdocs build --strict
 
 bench: setup
 	$(BIN)/python benchmarks/cpu_step.py

@@ -71,7 +71,8 @@ def test_events_arrive_in_order(config):
     assert [step for step, _ in train_logs] == [1, 4, 8]
     wanted = {
         "loss", "projected_grad", "loss_plus", "loss_minus", "learning_rate", "tokens_per_second",
-        "tokens_asked", "tokens_computed", "reuse_percent", "seconds_saved", "padding_percent",
+        "tokens_asked", "tokens_computed", "reuse_percent", "seconds_saved", "padding_percent", "forward_percent",
+        "update_percent",
     }  # fmt: skip
     assert all(logs.keys() == wanted and all(map(math.isfinite, logs.values())) for _, logs in train_logs)
 

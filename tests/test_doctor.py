@@ -73,7 +73,11 @@ def ills(findings):
 
 # --- healthy runs -----------------------------------------------------------------------------------------------------
 
-LOGS = [{"loss": 0.5, "tokens_per_second": 1000.0 + i, "padding_percent": 5.0, "step": i} for i in range(10)]
+LOGS = [
+    {"loss": 0.5, "tokens_per_second": 1000.0 + i, "padding_percent": 5.0, "forward_percent": 80.0,
+     "update_percent": 12.0, "step": i}
+    for i in range(10)
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -355,6 +359,21 @@ def test_the_type_of_saved_weights_is_used(tmp_path):
 def test_what_makes_steps_slow(tmp_path, config, changed, tokens, advice):
     logs = [*LOGS[:-2], LOGS[-2] | changed, LOGS[-1] | changed]
     assert advice in only(Numbers(config=config, tokens=tokens, logs=logs).write(tmp_path), "speed", "note").advice
+
+
+@pytest.mark.parametrize(
+    ("config", "parts", "advice"),
+    [
+        ({}, (50.0, 45.0), "--direction low_rank"),
+        ({"use_peft": True}, (50.0, 45.0), "--num_queries"),
+        ({}, (40.0, 10.0), "--logging_steps"),
+    ],
+)
+def test_which_part_of_a_step_takes_the_time(tmp_path, config, parts, advice):
+    logs = [entry | dict(zip(("forward_percent", "update_percent"), parts, strict=True)) for entry in LOGS]
+    finding = only(Numbers(config=config, tokens=1280, logs=logs).write(tmp_path), "speed", "note")
+    assert advice in finding.advice
+    assert f"{parts[0]:.0f} % is forward passes, {parts[1]:.0f} % the update" in finding.evidence
 
 
 # --- how far ----------------------------------------------------------------------------------------------------------

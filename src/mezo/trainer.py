@@ -108,6 +108,8 @@ class MeZOTrainer:
         self._journal: journal.Journal | None = None
         self._recent: list[Record] = []  # since the last log entry
         self._log_time = time.perf_counter()
+        # Since the last log entry. A GPU's update may still run when it returns; it counts with the next losses then.
+        self._seconds = {"forward": 0.0, "update": 0.0}
         self._asked, self._computed = 0, 0  # tokens of all steps
         self._token_seconds = math.inf  # of the step that computed its tokens fastest
         self._flat_steps = 0  # in a row that taught nothing; stays where the warning was given
@@ -123,7 +125,9 @@ class MeZOTrainer:
         computed, started = self.engine.work.computed, time.perf_counter()
         losses_PN = self._losses(self.engine, examples, probes)
         computed = round(self.engine.work.computed - computed)
-        self._token_seconds = min(self._token_seconds, (time.perf_counter() - started) / max(computed, 1))
+        seconds = time.perf_counter() - started
+        self._seconds["forward"] += seconds
+        self._token_seconds = min(self._token_seconds, seconds / max(computed, 1))
         outcomes = self.estimator.outcomes(probes, [batch_loss(examples, losses_N) for losses_N in losses_PN])
         records = self._records(examples, outcomes if self._clip is None else self._clip(outcomes), computed)
         if not all(map(is_finite, records)):
@@ -131,7 +135,9 @@ class MeZOTrainer:
         self._watch_for_flat_losses(records)
         assert self._journal is not None
         self._journal.append(records)
+        started = time.perf_counter()
         self.engine.update(records)
+        self._seconds["update"] += time.perf_counter() - started
         return records
 
     def _records(self, examples: Sequence[Example], outcomes: Sequence[Outcome], computed: int) -> list[Record]:
@@ -236,8 +242,10 @@ class MeZOTrainer:
     def _train_logs(self) -> dict[str, float]:
         now = time.perf_counter()
         tokens = self._num_probes * sum(r.num_tokens for r in self._recent if r.query == 0)
-        logs = {**log_entry(self._recent), "tokens_per_second": tokens / (now - self._log_time), **self._reuse()}
-        self._recent, self._log_time = [], now
+        wall = now - self._log_time
+        parts = {f"{part}_percent": round(100 * seconds / wall, 1) for part, seconds in self._seconds.items()}
+        logs = {**log_entry(self._recent), "tokens_per_second": tokens / wall, **parts, **self._reuse()}
+        self._recent, self._log_time, self._seconds = [], now, dict.fromkeys(self._seconds, 0.0)
         return logs
 
     def _reuse(self) -> dict[str, float]:

@@ -47,6 +47,7 @@ def speed(run: Run) -> list[Finding]:
     padding = [entry["padding_percent"] for entry in run.logs if "padding_percent" in entry]
     rates = [entry["tokens_per_second"] for entry in run.logs if "tokens_per_second" in entry]
     tokens, rows = float(run.tokens_S.mean()), config.batch_size
+    found += _parts(run)
     if padding and padding[-1] > 30:
         evidence = (
             f"{padding[-1]:.0f} % of computed positions were padding; a row has {tokens / rows:.0f} tokens on average."
@@ -74,3 +75,20 @@ def speed(run: Run) -> list[Finding]:
     if rates and not found:
         return [Finding("ok", "speed", f"{np.median(rates):,.0f} tokens per second.")]
     return found
+
+
+def _parts(run: Run) -> list[Finding]:
+    """Which part of a step takes the time, where it is not the forward passes."""
+    shares = [(e["forward_percent"], e["update_percent"]) for e in run.logs if "forward_percent" in e]
+    if not shares:
+        return []
+    forward, update = (float(np.median(column)) for column in zip(*shares, strict=True))
+    rest = 100 - forward - update
+    evidence = f"Of a step's time {forward:.0f} % is forward passes, {update:.0f} % the update, {rest:.0f} % the rest."
+    if update > 30:
+        if run.config.use_peft or run.config.direction == "low_rank":
+            return [Finding("note", "speed", evidence, "A larger batch, or --num_queries, for each update")]
+        return [Finding("note", "speed", evidence, "--direction low_rank writes the weights once in 50 steps")]
+    if rest > 30:
+        return [Finding("note", "speed", evidence, "Slower callbacks, trackers or disks: fewer --logging_steps")]
+    return []
