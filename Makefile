@@ -1,6 +1,7 @@
 # make setup   .venv with mezo and everything its tests and demo need
 # make demo    fine-tune a real sentence encoder on a small text set, offline
 # make test    tests        make check   lint, types, security, links        make bench   CPU benchmark
+# make docs    the site in build/site
 # make test-sglang   tests with SGLang's real engine on a CPU
 
 PYTHON ?= python3

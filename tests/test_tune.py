@@ -1,6 +1,7 @@
 """Successive halving against rounds counted by hand; the paper's configs."""
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -87,7 +88,11 @@ def test_the_command(config, tmp_path, capsys):
           "--use_peft", "--max_steps", "3", "--learning_rates", "1e-4", "1e-3", "--rounds", "2",
           "--output_dir", str(tmp_path / "grid")])  # fmt: skip
     output = capsys.readouterr().out
-    assert "--resume_from_checkpoint" in output and "best: " in output
+    (_, following) = output.split("twice as far with\n")
+    assert "--learning_rates" not in following and "--rounds" not in following
+    main(shlex.split(following.strip())[1:])
+    best = json.loads((tmp_path / "grid" / "tune.json").read_text())[0]
+    assert len(journal.read(Path(best["output_dir"]) / "journal").steps) == 6
     assert len(json.loads((tmp_path / "grid" / "tune.json").read_text())) == 2
 
 

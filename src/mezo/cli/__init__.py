@@ -125,7 +125,7 @@ def _tune(argv: list[str]) -> None:
     config, options = parse_tune(argv)
     from mezo.cli.commands import tune
 
-    tune(config, options)
+    tune(config, options, _without(argv, ["learning_rate", "epsilon", "max_steps", "output_dir", *_TUNE_NAMES]))
 
 
 def _env(argv: list[str]) -> None:
@@ -193,6 +193,7 @@ def _unchecked(*parts: type) -> Any:
 
 _TrainOptions = _unchecked(MeZOConfig)
 _TuneOptions = _unchecked(MeZOConfig, TuneOptions)
+_TUNE_NAMES = [f.name for f in dataclasses.fields(TuneOptions)]
 
 
 def _read_yaml(path: Path) -> dict[str, object]:
@@ -237,6 +238,18 @@ def _take(argv: list[str], option: str) -> tuple[list[str], str | None]:
         if argument.startswith(f"--{option}="):
             return argv[:i] + argv[i + 1 :], argument.partition("=")[2]
     return argv, None
+
+
+def _without(argv: list[str], options: Sequence[str]) -> list[str]:
+    """The arguments without these options and their values."""
+    kept: list[str] = []
+    dropping = False
+    for argument in argv:
+        if argument.startswith("--"):
+            dropping = argument[2:].partition("=")[0].replace("-", "_") in options
+        if not dropping:
+            kept.append(argument)
+    return kept
 
 
 def _positional(argv: list[str], name: str) -> list[str]:

@@ -8,7 +8,9 @@ import json
 import logging
 import os
 import platform
+import shlex
 import warnings
+from collections.abc import Sequence
 
 import torch
 from rich.console import Console
@@ -72,8 +74,8 @@ def train(config: MeZOConfig) -> None:
         _print_metrics(result.metrics)
 
 
-def tune(config: MeZOConfig, options: TuneOptions) -> None:
-    """`mezo tune`."""
+def tune(config: MeZOConfig, options: TuneOptions, arguments: Sequence[str]) -> None:
+    """`mezo tune`; `arguments` are those of the command line that a run of the best candidate keeps."""
     _quiet()
     name = config.metric_for_best_model
     trials = run_tune(dataclasses.replace(config, disable_tqdm=True), options, lambda t: print(_line(t, name)))
@@ -85,10 +87,9 @@ def tune(config: MeZOConfig, options: TuneOptions) -> None:
     best = trials[0]
     if best.metric is None:
         raise UserError("every candidate diverged; try smaller learning rates")
-    print(
-        f"best: {best.output_dir}; to go on from there, the same options with more --max_steps and --learning_rate "
-        f"{best.learning_rate:g} --epsilon {best.epsilon:g} --output_dir {best.output_dir} --resume_from_checkpoint"
-    )
+    found = ["--learning_rate", f"{best.learning_rate:g}", "--epsilon", f"{best.epsilon:g}"]
+    more = ["--max_steps", str(2 * best.steps), "--output_dir", best.output_dir, "--resume_from_checkpoint"]
+    print(f"best: {best.output_dir}; twice as far with\n{shlex.join(['mezo', 'train', *arguments, *found, *more])}")
 
 
 def _line(trial: Trial, name: str) -> str:
