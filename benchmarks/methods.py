@@ -52,6 +52,10 @@ METHODS: dict[str, tuple[dict[str, Any], float]] = {
     "lozo": (LOW_RANK, 1e-4),
     "lozo, momentum": ({**LOW_RANK, "optim": "momentum"}, 1e-4),
     "lozo, adam": ({**LOW_RANK, "optim": "adam"}, 3e-3),
+    "subspace, adam, 4 queries": (
+        {**LOW_RANK, "direction": "subspace", "direction_rank": 16, "optim": "adam", "num_queries": 4},
+        3e-3,
+    ),
     "fzoo, 8 queries": ({"estimator": "fzoo", "num_queries": 8}, 1e-3),
     "fzoo lora, 8 queries": ({**LORA, "epsilon": 1e-2, "estimator": "fzoo", "num_queries": 8}, 3e-2),
     "1.5-spsa, 16 queries": ({"estimator": "1.5-spsa", "num_queries": 16}, 1e-3),

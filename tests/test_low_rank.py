@@ -20,6 +20,8 @@ from tests.conftest import SENTIMENT_ROWS
 
 MODELS = ["llama", "opt", "gpt2", "bert", "roberta"]
 LOW_RANK = {"direction": "low_rank", "direction_rank": 2, "direction_refresh_steps": 4}
+SUBSPACE = {**LOW_RANK, "direction": "subspace", "direction_rank": 3}
+DIRECTIONS = {"dense": {}, "low_rank": LOW_RANK, "subspace": SUBSPACE}
 # Float32 on both sides; products of other shapes sum in other orders.
 TOLERANCE = 2e-5
 
@@ -57,11 +59,11 @@ PROBES = {
 }
 
 
-@pytest.mark.parametrize("direction", ["dense", "low_rank"])
+@pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("probes", PROBES.values(), ids=PROBES)
 @pytest.mark.parametrize("name", MODELS)
 def test_probes_in_one_traversal(model_folder, name, probes, direction):
-    engine, examples = engine_for(model_folder(name), name, **(LOW_RANK if direction == "low_rank" else {}))
+    engine, examples = engine_for(model_folder(name), name, **DIRECTIONS[direction])
     engine.update(numbers([(Probe(5, 0), 0.3), (Probe(6, 0), -0.2)]))
     assert engine._together(probes) == [probes]
     together = engine.losses(examples, probes)
@@ -88,19 +90,19 @@ def test_batched_models_are_known(model_folder):
         assert (together - one_by_one).abs().max() < TOLERANCE
 
 
-def written_out(engine, probe, weights, window_seed, rank=2):
+def written_out(engine, probe, weights, window_seed, kind="low_rank"):
     """A copy of the model whose weights are `weights` + scale · U Vᵀ / √r, vectors + scale · z."""
     model = copy.deepcopy(engine.model)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name in weights:
                 parameter.copy_(
-                    weights[name] + probe.scale * direction(name, parameter.shape, probe.seed, window_seed, rank)
+                    weights[name] + probe.scale * direction(name, parameter.shape, probe.seed, window_seed, kind)
                 )
     return model
 
 
-def direction(name, shape, seed, window_seed, rank=2):
+def direction(name, shape, seed, window_seed, kind="low_rank"):
     """z as the module's text defines it, float64."""
 
     def normals(seed, purpose, count):
@@ -109,42 +111,48 @@ def direction(name, shape, seed, window_seed, rank=2):
 
     if len(shape) < 2:
         return normals(seed, "direction", math.prod(shape)).view(shape)
-    rows, columns = math.prod(shape[:-1]), shape[-1]
+    rows, columns, rank = math.prod(shape[:-1]), shape[-1], DIRECTIONS[kind]["direction_rank"]
+    if kind == "subspace":
+        u, v = normals(window_seed, "left basis", rows * rank), normals(window_seed, "basis", columns * rank)
+        core = normals(seed, "direction", rank * rank).view(rank, rank)
+        return (u.view(rows, rank) @ core @ v.view(columns, rank).T / rank).view(shape)
     u, v = normals(seed, "direction", rows * rank), normals(window_seed, "basis", columns * rank)
     return (u.view(rows, rank) @ v.view(columns, rank).T / math.sqrt(rank)).view(shape)
 
 
+@pytest.mark.parametrize("kind", ["low_rank", "subspace"])
 @pytest.mark.parametrize("name", MODELS)
-def test_probes_updates_and_folds_are_those_of_weights_written_out(model_folder, name):
+def test_probes_updates_and_folds_are_those_of_weights_written_out(model_folder, name, kind):
     """Ten steps over windows of four, with two directions a step and weight decay, in float64 beside the engine."""
-    engine, examples = engine_for(model_folder(name), name, weight_decay=0.5, **LOW_RANK)
+    engine, examples = engine_for(model_folder(name), name, weight_decay=0.5, **DIRECTIONS[kind])
     plain, _ = engine_for(model_folder(name), name)
     weights = {n: p.detach().double().clone() for n, p in engine.space.parameters.items()}
     for step in range(10):
         seeds = [100 + 2 * step, 101 + 2 * step]
         window_seed = 100 + 2 * (step // 4 * 4)
         for probe in (Probe(seeds[0], 0.05), Probe(seeds[0], -0.05)):
-            plain.model.load_state_dict(written_out(engine, probe, weights, window_seed).state_dict())
+            plain.model.load_state_dict(written_out(engine, probe, weights, window_seed, kind).state_dict())
             expected = plain.losses(examples, [Probe(1, 0.0)])
             assert (engine.losses(examples, [probe]) - expected).abs().max() < 5 * TOLERANCE
         engine.update(numbers([(Probe(seed, 0), c) for seed, c in zip(seeds, (0.3, -0.2), strict=True)], step))
         for n, weight in weights.items():
             weight.mul_(1 - 0.05 * 0.5 if weight.ndim > 1 else 1.0)
             for seed, c in zip(seeds, (0.3, -0.2), strict=True):
-                weight.sub_(0.05 * c * direction(n, weight.shape, seed, window_seed))
+                weight.sub_(0.05 * c * direction(n, weight.shape, seed, window_seed, kind))
             assert (engine._low_rank.folded(n).double() - weight).abs().max() < 1e-5
         assert engine._low_rank.is_folded == (step % 4 == 3)
-    plain.model.load_state_dict(written_out(engine, Probe(0, 0.0), weights, 0).state_dict())
+    plain.model.load_state_dict(written_out(engine, Probe(0, 0.0), weights, 0, kind).state_dict())
     scores = [e.score(examples).logprobs_T for e in (engine, plain)]
     assert (scores[0] - scores[1]).abs().max() < 5 * TOLERANCE
 
 
-def test_directions_have_unit_variance_and_estimate_the_gradient():
+@pytest.mark.parametrize("kind", ["low_rank", "subspace"])
+def test_directions_have_unit_variance_and_estimate_the_gradient(kind):
     """E[z zᵀ] = 1: over many windows the mean of (g · z) z is g."""
     gradient = torch.randn(6, 5, generator=torch.Generator().manual_seed(0)).double()
     total, squares, count = torch.zeros(6, 5).double(), torch.zeros(6, 5).double(), 6000
     for seed in range(count):
-        z = direction("w", (6, 5), seed, seed + 10**6)
+        z = direction("w", (6, 5), seed, seed + 10**6, kind)
         total += (gradient * z).sum() * z
         squares += z.square()
     assert (squares / count - 1).abs().max() < 0.15
@@ -228,17 +236,20 @@ def tensors(folder):
     return load_file(folder / "model.safetensors")
 
 
+@pytest.mark.parametrize(
+    "kind", [LOW_RANK, {**SUBSPACE, "num_queries": 2, "optim": "adam"}], ids=["low rank", "subspace"]
+)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("steps", [8, 10], ids=["folded", "within a window"])
-def test_replay_and_resume_are_bit_identical(model_folder, tmp_path, dtype, steps):
-    whole = train(model_folder, tmp_path / "whole", num_steps=steps, dtype=dtype)
+def test_replay_and_resume_are_bit_identical(model_folder, tmp_path, dtype, steps, kind):
+    whole = train(model_folder, tmp_path / "whole", num_steps=steps, dtype=dtype, **kind)
     expected = tensors(whole.model_path)
     assert all(map(torch.equal, tensors(replay(whole.output_dir, tmp_path / "replayed")).values(), expected.values()))
     for stop, save_steps in itertools.product((4, 5, 7), (2, 3)):
         out = tmp_path / f"{stop} {save_steps}"
-        train(model_folder, out, num_steps=stop, dtype=dtype, save_steps=save_steps)
+        train(model_folder, out, num_steps=stop, dtype=dtype, save_steps=save_steps, **kind)
         more = train(
-            model_folder, out, num_steps=steps, dtype=dtype, save_steps=save_steps, resume_from_checkpoint=True
+            model_folder, out, num_steps=steps, dtype=dtype, save_steps=save_steps, resume_from_checkpoint=True, **kind
         )
         found = tensors(more.model_path)
         assert found.keys() == expected.keys()

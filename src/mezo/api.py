@@ -273,7 +273,8 @@ def make_engine(
         share=config.enable_kv_cache_optimization,
         store_bytes=int(config.kv_cache_gb * 1e9),
         store_device=torch.device("cpu") if config.kv_cache_device == "cpu" else None,
-        low_rank=(config.direction_rank, config.direction_refresh_steps) if config.direction == "low_rank" else None,
+        low_rank=(config.direction_rank, config.direction_refresh_steps) if config.direction != "dense" else None,
+        subspace=config.direction == "subspace",
         optimizer=make_optimizer(config),
     )
 

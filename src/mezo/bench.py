@@ -48,7 +48,7 @@ class BenchOptions:
         tokens: Tokens of a row.
         use_peft: Train LoRA instead of all parameters.
         lora_r: Rank of LoRA.
-        direction: dense or low_rank, see `mezo train`.
+        direction: dense, low_rank or subspace, see `mezo train`.
         direction_rank: Rank of low_rank.
         repeats: Timed repetitions of each; the median is reported.
         dtype: Weights' type.
@@ -64,7 +64,7 @@ class BenchOptions:
     tokens: int = 128
     use_peft: bool = False
     lora_r: int = 8
-    direction: Literal["dense", "low_rank"] = "dense"
+    direction: Literal["dense", "low_rank", "subspace"] = "dense"
     direction_rank: int = 2
     repeats: int = 10
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -209,7 +209,7 @@ def _plain_loss(engine: TorchEngine, examples: Sequence[Example]) -> float:
 def _passes(options: BenchOptions) -> float:
     """Passes over the weights: low-rank directions read them once; dense ones are read, written to scratch and read
     again under each sign, and the update reads and writes them."""
-    return 1.0 if options.use_peft or options.direction == "low_rank" else 7.0
+    return 1.0 if options.use_peft or options.direction != "dense" else 7.0
 
 
 def timed(function: Callable[[], object], device: torch.device) -> float:

@@ -108,9 +108,10 @@ class MeZOConfig:
         warmup_steps: Steps in which the learning rate grows from 0.
         direction: What z of a matrix is when all parameters are trained: dense, every entry drawn, as published; or
             low_rank, U Vᵀ / √r with V held for a window of steps (LOZO, arXiv 2410.07698), whose entries have variance
-            1 too. Vectors are dense in both.
-        direction_rank: r of low_rank.
-        direction_refresh_steps: Steps of a window of low_rank; weights are written once a window.
+            1 too; or subspace, U Z Vᵀ / r with U and V held (SubZero, arXiv 2410.08989), made for many queries and
+            adam. Vectors are dense in all.
+        direction_rank: r of low_rank and subspace.
+        direction_refresh_steps: Steps of a window of theirs; weights are written once a window.
         normalize_perturbations: Scale z of each tensor to unit norm. The learning rate must grow by about ‖z‖², that
             is the tensor's number of elements, to move the weights as before, and epsilon by ‖z‖.
         seed: Seed of directions, data order, splits and fresh parameters.
@@ -205,7 +206,7 @@ class MeZOConfig:
     adam_epsilon: float = 1e-8
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: int = 0
-    direction: Literal["dense", "low_rank"] = "dense"
+    direction: Literal["dense", "low_rank", "subspace"] = "dense"
     direction_rank: int = 2
     direction_refresh_steps: int = 50
     normalize_perturbations: bool = False
@@ -259,7 +260,7 @@ class MeZOConfig:
 
     def _combinations(self) -> Iterator[tuple[bool, str]]:
         """What does not go together."""
-        low_rank, lora = self.direction == "low_rank", self.use_peft and self.peft_type == "lora"
+        low_rank, lora = self.direction != "dense", self.use_peft and self.peft_type == "lora"
         yield (
             self.num_shots is not None and self.validation_size != 0,
             "num_shots draws rows to evaluate on by itself; leave out validation_size",
@@ -276,7 +277,7 @@ class MeZOConfig:
         )
         yield (
             self.optim != "sgd" and not (self.use_peft or low_rank),
-            f"optim {self.optim} keeps a state as large as the weights; it is for adapters and direction low_rank",
+            f"optim {self.optim} keeps a state as large as the weights; it is for adapters and directions of low rank",
         )
         yield self.optim != "sgd" and self.engine == "sglang", f"optim {self.optim} needs engine torch"
         yield (
@@ -287,7 +288,10 @@ class MeZOConfig:
             self.objective in GENERATING and self.lora_variant == "alora",
             f"objective {self.objective} generates answers, which lora_variant alora cannot",
         )
-        yield low_rank and self.use_peft, "direction low_rank is for all parameters; an adapter is of low rank already"
+        yield (
+            low_rank and self.use_peft,
+            f"direction {self.direction} is for all parameters; an adapter is of low rank already",
+        )
         yield low_rank and self.normalize_perturbations, "normalize_perturbations needs direction dense"
 
     @property

@@ -264,7 +264,7 @@ def _method(config: MeZOConfig) -> str:
         trained = (config.lora_variant if config.peft_type == "lora" else config.peft_type) + rank
     else:
         trained = config.trainable_layers or "all parameters"
-    direction = f"low rank {config.direction_rank}" if config.direction == "low_rank" else ""
+    direction = f"{config.direction.replace('_', ' ')} {config.direction_rank}" if config.direction != "dense" else ""
     queries = f"{config.num_queries} queries" if config.num_queries > 1 else ""
     optim = config.optim if config.optim != "sgd" else ""
     return ", ".join(part for part in (trained, config.estimator, queries, direction, optim) if part)

@@ -19,9 +19,7 @@ def precision(run: Run) -> list[Finding]:
     if config.use_peft:
         return [Finding("ok", "precision", "The adapter is kept in float32; small updates add up.")]
     step_S = run.rate_S * np.sqrt((run.coefficient_SQ**2).sum(axis=1))
-    update = float(np.median(step_S)) * math.sqrt(
-        config.direction_refresh_steps if config.direction == "low_rank" else 1
-    )
+    update = float(np.median(step_S)) * math.sqrt(config.direction_refresh_steps if config.direction != "dense" else 1)
     if dtype is None or config.normalize_perturbations or config.optim != "sgd" or update == 0:
         return []
     unit = SPACING[dtype] * 2.0 ** math.floor(math.log2(_WEIGHT))
@@ -86,7 +84,7 @@ def _parts(run: Run) -> list[Finding]:
     rest = 100 - forward - update
     evidence = f"Of a step's time {forward:.0f} % is forward passes, {update:.0f} % the update, {rest:.0f} % the rest."
     if update > 30:
-        if run.config.use_peft or run.config.direction == "low_rank":
+        if run.config.use_peft or run.config.direction != "dense":
             return [Finding("note", "speed", evidence, "A larger batch, or --num_queries, for each update")]
         return [Finding("note", "speed", evidence, "--direction low_rank writes the weights once in 50 steps")]
     if rest > 30:

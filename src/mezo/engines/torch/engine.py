@@ -117,6 +117,7 @@ class TorchEngine:
         store_bytes: memory for what is kept from step to step.
         store_device: where that lies; beside the model if not given.
         low_rank: rank and window of low-rank directions; dense ones if not given. Not for adapters.
+        subspace: low-rank directions in a subspace that is held for a window, see `LowRank`.
         optimizer: momentum or Adam, for an adapter or low-rank directions; plain SGD if not given.
     """
 
@@ -134,6 +135,7 @@ class TorchEngine:
         store_bytes: int = 4_000_000_000,
         store_device: torch.device | None = None,
         low_rank: tuple[int, int] | None = None,
+        subspace: bool = False,
         optimizer: Optimizer | None = None,
     ):
         self._model = model
@@ -150,7 +152,9 @@ class TorchEngine:
         self.work = Work()
         self._lora = BatchedLoRA(model, self.space) if BatchedLoRA.fits(model, self.space) else None
         self.resumes_every = low_rank[1] if low_rank is not None else 1
-        self._low_rank = LowRank(self.space, *low_rank, optimizer) if low_rank is not None else None
+        self._low_rank: LowRank | None = None
+        if low_rank is not None:
+            self._low_rank = LowRank(self.space, *low_rank, optimizer, subspace=subspace)
         if self._low_rank is None:
             self.space.optimizer = optimizer
         arguments = inspect.signature(self._transformer.forward).parameters

@@ -8,6 +8,12 @@ Within a window the weights are W + B Vᵀ / √r, where B collects −Σ lr · 
 nothing but B, of r columns, and a layer evaluates all probes as y = x Wᵀ + (x V / √r)(B ± εU)ᵀ, W read once. At the end
 of a window B is folded into the weights with stochastic rounding, and V is drawn anew.
 
+A subspace (SubZero, Yu et al., arXiv 2410.08989) holds U for the window as well and draws only its core: z = U Z Vᵀ / r
+with Z of r × r normal entries, again of variance 1. SubZero orthonormalises U and V; with normal entries they are
+nearly orthogonal where r is small against the matrix, and the bits are those of any device. What is collected is the
+core alone, Σ coefficient · Z, so momentum and Adam have a state of r × r, and several directions a step make an estimate
+of the whole r × r gradient.
+
 V comes from the seed of the window's first record, so the weights stay a function of the journal. Between two folds
 they are W, B and V together, which no checkpoint of plain weights holds: a resumed run starts from a checkpoint at the
 end of a window.
@@ -41,16 +47,28 @@ class LowRank:
         refresh_steps: steps of a window.
         optimizer: for B and the vectors; its state starts anew with each window, because of a mean along one V only a
             share of √(r / I) lies along the next.
+        subspace: hold U for a window too.
     """
 
-    def __init__(self, space: ParameterSpace, rank: int, refresh_steps: int, optimizer: Optimizer | None = None):
+    def __init__(
+        self,
+        space: ParameterSpace,
+        rank: int,
+        refresh_steps: int,
+        optimizer: Optimizer | None = None,
+        *,
+        subspace: bool = False,
+    ):
         assert not space.normalize_perturbations
+        self.subspace = subspace
         self.space = space
         self.rank = rank
         self.refresh_steps = refresh_steps
-        # B of each matrix, seen as [all but the last dimension, last]; vectors themselves. float32.
+        # B of each matrix, seen as [all but the last dimension, last], or its core; vectors themselves. float32.
         collected = {
-            name: torch.zeros(p.numel() // p.shape[-1], rank, device=p.device) if p.ndim > 1 else p.detach().float()
+            name: torch.zeros(rank if subspace else _num_rows(p), rank, device=p.device)
+            if p.ndim > 1
+            else p.detach().float()
             for name, p in space.parameters.items()
         }
         collected = {name: t.clone() for name, t in collected.items()}
@@ -59,7 +77,7 @@ class LowRank:
         bases = {name: torch.full_like(t, -0.0) if t.ndim > 1 else t for name, t in collected.items()}
         self.buffers = ProbeBuffers(self._collected, bases)
         self._names = {id(p): name for name, p in space.parameters.items()}
-        self._v: dict[str, Tensor] = {}  # V / √r, [I, r] float32
+        self._bases: dict[tuple[str, str], Tensor] = {}  # V / √r [I, r] and, of a subspace, U / √r; float32
         self._cast: dict[str, tuple[Tensor, Tensor]] = {}  # B and V / √r in the parameter's type
         self._window_seed: int | None = None
         self._keep = 1.0  # what weight decay leaves of W
@@ -105,7 +123,7 @@ class LowRank:
         if self._collected.optimizer is not None:
             self._collected.optimizer.state.clear()
         self._window_seed, self._keep, self.steps = None, 1.0, 0
-        self._v.clear()
+        self._bases.clear()
         self._cast.clear()
 
     @torch.no_grad()
@@ -123,7 +141,7 @@ class LowRank:
         for start in range(0, flat_N.numel(), rows * width):
             stop = min(flat_N.numel(), start + rows * width)
             value_N = collected[start:stop].clone() if parameter.ndim < 2 else self._moved(
-                flat_N[start:stop].float(), collected[start // width : stop // width], self.v(name)
+                flat_N[start:stop].float(), self._left(name, start // width, stop // width), self.v(name)
             )  # fmt: skip
             if parameter.dtype != torch.float32:
                 bits_N = philox.rounding_bits(self._window_seed, stream, start, stop, parameter.device)
@@ -138,21 +156,43 @@ class LowRank:
             weight_RI += b_Rr[:, k : k + 1] * v_Ir[:, k]
         return weight_RI.view(-1)
 
+    def _left(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows of B, exactly: those of U · core / √r in a subspace."""
+        collected = self._collected.parameters[name]
+        if not self.subspace:
+            return collected[start:stop]
+        u_Rr = self.u(name)[start:stop]
+        b_Rr = torch.zeros_like(u_Rr)
+        for k in range(self.rank):
+            b_Rr += u_Rr[:, k : k + 1] * collected[k]
+        return b_Rr
+
     def v(self, name: str) -> Tensor:
         """V / √r of a matrix, float32 [I, r]."""
-        if name not in self._v:
+        return self._basis(name, "basis", self.space.parameters[name].shape[-1])
+
+    def u(self, name: str) -> Tensor:
+        """U / √r of a matrix in a subspace, float32 [O, r]."""
+        return self._basis(name, "left basis", _num_rows(self.space.parameters[name]))
+
+    def _basis(self, name: str, purpose: str, rows: int) -> Tensor:
+        if (purpose, name) not in self._bases:
             assert self._window_seed is not None
-            width = self.space.parameters[name].shape[-1]
             starts = torch.zeros(1, dtype=torch.long, device=self.space.parameters[name].device)
-            v_N = philox.normals(self._window_seed, philox.stream_id("basis", name), starts, width * self.rank)[0]
-            self._v[name] = v_N.view(width, self.rank) / math.sqrt(self.rank)
-        return self._v[name]
+            drawn_N = philox.normals(self._window_seed, philox.stream_id(purpose, name), starts, rows * self.rank)[0]
+            self._bases[purpose, name] = drawn_N.view(rows, self.rank) / math.sqrt(self.rank)
+        return self._bases[purpose, name]
+
+    def spread(self, name: str, core_Prk: Tensor) -> Tensor:
+        """What multiplies Vᵀ / √r: the drawn matrices themselves, or U / √r times the drawn cores."""
+        return self.u(name) @ core_Prk if self.subspace else core_Prk
 
     def cast(self, name: str) -> tuple[Tensor, Tensor]:
         """B and V / √r in the parameter's type."""
         if name not in self._cast:
             dtype = self.space.parameters[name].dtype
-            self._cast[name] = (self._collected.parameters[name].to(dtype), self.v(name).to(dtype))
+            left_Rr = self.spread(name, self._collected.parameters[name])
+            self._cast[name] = (left_Rr.to(dtype), self.v(name).to(dtype))
         return self._cast[name]
 
     @property
@@ -168,7 +208,7 @@ class LowRank:
         """A window's V is known from its first direction on."""
         if self.steps == 0 and seed != self._window_seed:
             self._window_seed = seed
-            self._v.clear()
+            self._bases.clear()
             self._cast.clear()
 
 
@@ -234,6 +274,12 @@ class LowRankProbes:
         """The vector under each probe, or scale · U of a matrix; in the parameter's type."""
         name, dtype = self._state.name(parameter), parameter.dtype
         self.read_names.add(name)
+        if self._state.subspace and parameter.ndim > 1:
+            return self._state.spread(name, self._state.buffers.part(self._flat_PN, name)).to(dtype)
         if dtype not in self._cast:
             self._cast[dtype] = self._flat_PN.to(dtype)
         return self._state.buffers.part(self._cast[dtype], name)
+
+
+def _num_rows(matrix: Tensor) -> int:
+    return matrix.numel() // matrix.shape[-1]
