@@ -11,8 +11,8 @@ of a window B is folded into the weights with stochastic rounding, and V is draw
 A subspace (SubZero, Yu et al., arXiv 2410.08989) holds U for the window as well and draws only its core: z = U Z Vᵀ / r
 with Z of r × r normal entries, again of variance 1. SubZero orthonormalises U and V; with normal entries they are
 nearly orthogonal where r is small against the matrix, and the bits are those of any device. What is collected is the
-core alone, Σ coefficient · Z, so momentum and Adam have a state of r × r, and several directions a step make an estimate
-of the whole r × r gradient.
+core alone, Σ coefficient · Z, so momentum and Adam have a state of r × r, and several directions a step estimate the
+whole r × r gradient.
 
 V comes from the seed of the window's first record, so the weights stay a function of the journal. Between two folds
 they are W, B and V together, which no checkpoint of plain weights holds: a resumed run starts from a checkpoint at the
