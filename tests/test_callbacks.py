@@ -2,6 +2,7 @@
 
 import io
 import math
+import re
 
 import pytest
 import torch
@@ -93,7 +94,23 @@ def test_early_stopping_of_transformers_works(config):
     assert result.global_step == 9
 
 
-def test_the_progress_bar_shows_figures_and_survives_without_a_terminal(config):
+def test_the_progress_bar_fits_into_80_columns(config, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    progress = ProgressCallback()
+    text = io.StringIO()
+    progress._progress.live.console = Console(file=text, force_terminal=True, width=80)
+    progress._progress.disable = False
+    build_trainer(config, SENTIMENT_ROWS[:64], SENTIMENT_ROWS[64:], [progress]).train()
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text.getvalue()).replace("\r", "\n").splitlines()
+    last = [line.rstrip() for line in shown if line.strip()][-1]
+    assert len(last) <= 80
+    for part in ("training", "━", "10/10", "loss ", "0:00:0"):
+        assert part in last
+    assert "…" not in last
+
+
+def test_the_progress_bar_shows_figures_and_survives_without_a_terminal(config, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "140")
     progress = ProgressCallback()
     text = io.StringIO()
     console = Console(file=text, force_terminal=True, width=140)

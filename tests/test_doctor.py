@@ -172,6 +172,31 @@ def test_rate_and_normalisation_swapped(tmp_path, config, said, advice):
     assert (found.severity, found.topic, found.advice) == ("warning", "convergence", advice)
 
 
+def test_a_prediction_beyond_the_loss_is_a_rate_beyond_stability(tmp_path):
+    """Steps that promise to take away more than there is, and take nothing."""
+    run = Numbers(config={"learning_rate": 1e-4}).flat()
+    run.apart_SQ *= 3
+    found = only(run.write(tmp_path), "stability", "problem")
+    assert "more than the whole loss" in found.evidence and found.advice.startswith("--learning_rate ")
+
+
+@pytest.mark.parametrize(
+    "state",
+    ['{"log_history": [{"step": "x", "eval_loss": 1}]}', '{"log_history": [3], "max_steps": "a"}', '{"max_steps": {}}'],
+)
+def test_damaged_states_are_one_line(tmp_path, state):
+    Numbers().write(tmp_path)
+    (tmp_path / "trainer_state.json").write_text(state)
+    with pytest.raises(UserError, match=r"not a trainer_state\.json"):
+        read_run(tmp_path)
+
+
+@pytest.mark.parametrize("weights", [b"", b"garbage", b"\x02\0\0\0\0\0\0\0[]"])
+def test_damaged_weights_do_not_stop_a_diagnosis(tmp_path, weights):
+    (tmp_path / "adapter_model.safetensors").write_bytes(weights)
+    assert Numbers().write(tmp_path)
+
+
 def test_a_loss_that_creeps(tmp_path):
     run = Numbers(config={"learning_rate": 1e-7}).flat()
     run.loss_SQ = 0.69 - np.linspace(0, 0.005, STEPS)[:, None] + (run.loss_SQ - 0.69) / 100

@@ -56,6 +56,7 @@ def test_both_models_side_by_side(trained, capsys):
     assert figure["base"] == pytest.approx(eval_model(config).accuracy)
     assert figure["trained"] == pytest.approx(eval_model(config, adapter).accuracy)
     assert figure["trained"] != figure["base"]
+    assert 0 < figure["base_stderr"] < 0.2
     main(["eval", "--model_name_or_path", model, "--lm_eval", "mood", "--lm_eval_include_path", folder,
           "--max_eval_samples", "4"])  # fmt: skip
     assert "mood" in capsys.readouterr().out

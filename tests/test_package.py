@@ -6,6 +6,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from requests import Response
@@ -86,6 +87,8 @@ def test_a_run_goes_to_the_hub(model_folder, jsonl, tmp_path, monkeypatch):
     assert {"adapter_model.safetensors", "adapter_config.json", "README.md", "journal", "trainer_state.json"} <= kept
     assert not any("checkpoint" in name and "/" in name for name in kept)
     assert any(name.startswith("checkpoint-4/") for name in files)
+    front = yaml.safe_load((tmp_path / "my-run" / "README.md").read_text().split("---")[1])
+    assert "base_model" not in front and "datasets" not in front  # paths, which the Hub refuses
 
 
 def test_a_hub_that_refuses_leaves_the_run(tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ from mezo.api import build_trainer, replay
 from mezo.config import MeZOConfig
 from mezo.errors import UserError
 from mezo.fingerprint import checkpoint_digest
-from mezo.header import make_header
+from mezo.header import _without_secrets, make_header
 from tests.conftest import SENTIMENT_ROWS
 from tests.test_cli import FULL, LORA, MASKED, PROMPTED, assert_same_weights, error_line, mezo, run_cli, train_arguments
 
@@ -234,6 +234,26 @@ def test_a_journal_cannot_ask_for_remote_code(model_folder, tmp_path):
 # --- secrets ----------------------------------------------------------------------------------------------------------
 
 SECRET = "sk-0123456789-never-to-be-written"
+
+
+def test_what_looks_like_a_secret_is_left_out():
+    arguments = {
+        "API_KEY": SECRET, "authorization": SECRET, "hf_token_2": SECRET, "custom_secret": SECRET,
+        "headers": {"x_token": SECRET, "accept": "json"}, "max_total_tokens": 300, "tokenizer_path": "t",
+    }  # fmt: skip
+    config = MeZOConfig(
+        model_name_or_path="m", dataset_name=f"https://host/data.jsonl?token={SECRET}", sglang_engine_args=arguments,
+        sglang_server_base_url=[f"http://user:{SECRET}@host:30000"],
+    )  # fmt: skip
+    cleaned = _without_secrets(config)
+    assert SECRET not in json.dumps(cleaned)
+    assert cleaned["sglang_engine_args"] == {
+        "headers": {"accept": "json"},
+        "tokenizer_path": "t",
+        "max_total_tokens": 300,
+    }
+    assert cleaned["sglang_server_base_url"] == ["http://host:30000"]
+    assert cleaned["dataset_name"] == "https://host/data.jsonl"
 
 
 def test_no_secret_is_written_anywhere(capsys, model_folder, tmp_path, jsonl, monkeypatch):

@@ -1,12 +1,15 @@
 """Successive halving against rounds counted by hand; the paper's configs."""
 
 import json
+import math
 import shlex
 from pathlib import Path
 
 import pytest
 
 from mezo import MeZOConfig, UserError, journal
+from mezo import trainer as trainer_module
+from mezo import tune as tune_module
 from mezo.api import build_trainer
 from mezo.cli import main, parse_train, parse_tune
 from mezo.cli.options import TuneOptions
@@ -54,6 +57,31 @@ def test_what_diverges_is_last(config):
     assert trials[1].metric is None or trials[1].metric > trials[0].metric
 
 
+def test_a_search_goes_on_with_what_it_has_measured(config, monkeypatch):
+    """With one candidate more, nothing is trained twice and all are compared after the same number of steps."""
+    options = TuneOptions(learning_rates=(1e-3, 1.23456789e-2), rounds=2)
+    first, told = [], []
+    tune(config, options, first.append)
+    trained = []
+    build = tune_module.build_trainer
+    monkeypatch.setattr(tune_module, "build_trainer", lambda run: (trained.append(run), build(run))[1])
+    tune(config, TuneOptions(learning_rates=(1e-3, 1.23456789e-2, 1e-4), rounds=2), told.append)
+    assert told[:2] == first[:2]
+    assert [t.steps for t in told] == [3, 3, 3, 9]
+    assert (trained[0].learning_rate, trained[0].max_steps) == (1e-4, 3)
+    assert len(trained) == 1 + (told[3].learning_rate == 1e-4)
+    with pytest.raises(UserError, match="has been trained beyond 1 steps"):
+        tune(MeZOConfig.from_dict({**config.to_dict(), "max_steps": 1}), TuneOptions(learning_rates=(1e-3,), rounds=1))
+
+
+def test_a_loss_that_is_no_number_loses(config, monkeypatch):
+    """Finite in training, NaN in the evaluation."""
+    found = iter([math.nan, 0.5, 0.4])
+    monkeypatch.setattr(trainer_module, "evaluate", lambda *_: trainer_module.Metrics(0.5, next(found), 8))
+    trials = tune(config, TuneOptions(learning_rates=(1e-4, 2e-4, 3e-4), rounds=1))
+    assert [(t.learning_rate, t.metric) for t in trials] == [(3e-4, 0.4), (2e-4, 0.5), (1e-4, None)]
+
+
 def test_candidates_around_the_learning_rate(config):
     told = []
     tune(
@@ -85,7 +113,7 @@ def test_what_tune_cannot_do(config):
 def test_the_command(config, tmp_path, capsys):
     main(["tune", "--model_name_or_path", config.model_name_or_path, "--dataset_name", config.dataset_name,
           "--template", "{text} it was", "--label_words", "0", "bad", "1", "good", "--validation_size", "8",
-          "--use_peft", "--max_steps", "3", "--learning_rates", "1e-4", "1e-3", "--rounds", "2",
+          "--use_peft", "--max_steps", "3", "--learning_rates", "1e-4", "1.23456789e-3", "--rounds", "2",
           "--output_dir", str(tmp_path / "grid")])  # fmt: skip
     output = capsys.readouterr().out
     (_, following) = output.split("twice as far with\n")
@@ -93,7 +121,8 @@ def test_the_command(config, tmp_path, capsys):
     main(shlex.split(following.strip())[1:])
     best = json.loads((tmp_path / "grid" / "tune.json").read_text())[0]
     assert len(journal.read(Path(best["output_dir"]) / "journal").steps) == 6
-    assert len(json.loads((tmp_path / "grid" / "tune.json").read_text())) == 2
+    found = json.loads((tmp_path / "grid" / "tune.json").read_text())
+    assert sorted(entry["steps"] for entry in found) == [1, 1, 3]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

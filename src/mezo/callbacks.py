@@ -98,11 +98,12 @@ class DoctorCallback(TrainerCallback):
 
 _BARS = "▁▂▃▄▅▆▇█"
 _SPARKS = 16  # characters
+_WIDE = 120  # columns that all figures need
 
 
-def sparkline(values: Sequence[float]) -> str:
-    """The last values as bars between their lowest and highest."""
-    shown = [v for v in values[-_SPARKS:] if math.isfinite(v)]
+def sparkline(values: Sequence[float], width: int = _SPARKS) -> str:
+    """The last `width` values as bars between their lowest and highest."""
+    shown = [v for v in values[-width:] if math.isfinite(v)]
     if not shown:
         return ""
     low, span = min(shown), (max(shown) - min(shown)) or 1.0
@@ -114,9 +115,10 @@ class ProgressCallback(TrainerCallback):
 
     def __init__(self) -> None:
         console = Console(stderr=True)
+        self._wide = console.width >= _WIDE
         self._progress = Progress(
             TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=24 if self._wide else 8),
             MofNCompleteColumn(),
             TextColumn("{task.fields[figures]}"),
             TimeElapsedColumn(),
@@ -158,9 +160,10 @@ class ProgressCallback(TrainerCallback):
         if "loss" in logs:
             rate = logs.get("tokens_per_second", 0.0)
             self._losses.append(logs["loss"])
-            loss = f"loss {sparkline(self._losses)} {logs['loss']:.4f}"
-            figures = f"{loss}  projected_grad {logs['projected_grad']:+.3g}  {rate:,.0f} tokens/s"
-            if logs.get("reuse_percent"):
+            figures = f"loss {sparkline(self._losses, _SPARKS if self._wide else 8)} {logs['loss']:.4f}"
+            if self._wide:
+                figures += f"  projected_grad {logs['projected_grad']:+.3g}  {rate:,.0f} tokens/s"
+            if self._wide and logs.get("reuse_percent"):
                 figures += f"  reuse {logs['reuse_percent']:.0f} %, {logs['seconds_saved']:,.0f} s saved"
             self._progress.update(self._task, figures=figures)
         if "eval_loss" in logs:

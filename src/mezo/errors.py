@@ -17,10 +17,13 @@ class EngineError(RuntimeError):
     """An engine outside this process failed or refused; the journal and everything saved are intact."""
 
 
+_OUT_OF_MEMORY = ("allocate memory", "STATUS_ALLOC_FAILED", "std::bad_alloc")
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out, on a GPU or, where PyTorch raises a plain RuntimeError, on a CPU."""
     return (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"
-        or (isinstance(error, RuntimeError) and "allocate memory" in str(error))
+        or (isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY))
     )

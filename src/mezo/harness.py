@@ -58,7 +58,10 @@ def evaluate_with_harness(
     manager = TaskManager(include_path=include_path)
     unknown = sorted(set(tasks) - set(manager.all_tasks))
     if unknown:
-        raise UserError(f"lm_eval: the harness knows no task {unknown[0]!r}; `lm-eval ls tasks` lists them")
+        raise UserError(
+            f"lm_eval: the harness knows no task {unknown[0]!r}; `lm-eval ls tasks` lists them, "
+            "--lm_eval_include_path names a folder of one's own"
+        )
     tokenizer = load_tokenizer(config)
     model: Any = load_model(config, "causal_lm").model
     base = _results(config, model, tokenizer, tasks, manager, num_fewshot)
@@ -97,7 +100,7 @@ def _results(
         num_fewshot=num_fewshot,
         limit=config.max_eval_samples,
         log_samples=False,
-        bootstrap_iters=0,
+        bootstrap_iters=100,
     )
     assert found is not None
     results: Mapping[str, Mapping[str, Any]] = found["results"]

@@ -7,6 +7,7 @@ import importlib.metadata
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from urllib.parse import urlsplit, urlunsplit
 
 import xxhash
 
@@ -54,15 +55,27 @@ def make_header(
 
 
 def _without_secrets(config: MeZOConfig) -> JsonObject:
-    engine_args = config.sglang_engine_args
-    if engine_args is not None:
-        engine_args = {name: arg for name, arg in engine_args.items() if not re.search("(key|token|password)$", name)}
-    return {
-        **config.to_dict(),
-        "sglang_api_key": None,
-        "sglang_admin_api_key": None,
-        "sglang_engine_args": engine_args,
+    values = config.to_dict()
+    values |= {
+        name: _cleaned(values[name]) for name in ("sglang_engine_args", "sglang_server_base_url", "dataset_name")
     }
+    return {**values, "sglang_api_key": None, "sglang_admin_api_key": None}
+
+
+def _cleaned(value: object) -> object:
+    """Without what looks like a secret: values by their names, and user, password and query of addresses."""
+    if isinstance(value, dict):
+        return {k: _cleaned(v) for k, v in value.items() if not _SECRET.search(str(k))}
+    if isinstance(value, list):
+        return [_cleaned(item) for item in value]
+    if isinstance(value, str) and "://" in value:
+        parts = urlsplit(value)
+        return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+    return value
+
+
+# Not max_total_tokens or tokenizer_path: a name ends with the word, or has it before a number.
+_SECRET = re.compile(r"(?i)((key|password|secret|credential)s?|token|authorization)(_?\d+)?$")
 
 
 def check_header(recorded: JsonObject, present: JsonObject, path: Path) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import yaml
 from transformers import TrainerState
 
@@ -13,11 +16,11 @@ from mezo.journal import JsonObject
 def model_card(config: MeZOConfig, header: JsonObject, state: TrainerState, metrics: Metrics | None) -> str:
     """Markdown with a YAML front matter."""
     front = {
-        "base_model": config.model_name_or_path,
+        **({"base_model": config.model_name_or_path} if _on_hub(config.model_name_or_path) else {}),
         "library_name": "peft" if config.use_peft else "transformers",
         "tags": ["mezo", "zeroth-order", *(["lora"] if config.use_peft and config.peft_type == "lora" else [])],
     }
-    if config.dataset_name is not None:
+    if config.dataset_name is not None and _on_hub(config.dataset_name):
         front["datasets"] = [config.dataset_name]
     method = "all parameters" if not config.use_peft else config.peft_type.replace("_", " ")
     facts = {
@@ -47,3 +50,8 @@ def model_card(config: MeZOConfig, header: JsonObject, state: TrainerState, metr
         "`mezo replay` rebuilds the weights from it and the base model.\n\n"
         f"| | |\n|---|---|\n{rows}\n"
     )
+
+
+def _on_hub(name: str) -> bool:
+    """Whether this is a name on the Hub and no path; the Hub refuses a card with paths in its metadata."""
+    return re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name) is not None and not Path(name).exists()

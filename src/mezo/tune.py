@@ -14,16 +14,18 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mezo import checkpoint
+from mezo import checkpoint, journal
 from mezo.api import build_trainer
 from mezo.cli.options import TuneOptions
 from mezo.config import MeZOConfig
 from mezo.errors import NonFiniteLossError, UserError
 
+_RESULTS = "tune.json"
+
 
 @dataclass(frozen=True)
 class Trial:
-    """A candidate and how far it came; `metric` is None where the loss became NaN or infinite."""
+    """A candidate and how many steps it was given; `metric` is None where a loss became NaN or infinite."""
 
     learning_rate: float
     epsilon: float
@@ -52,14 +54,17 @@ def tune(config: MeZOConfig, options: TuneOptions, report: Callable[[Trial], Non
         raise UserError(f"lr_scheduler_type {config.lr_scheduler_type} ends with each round; use rounds 1 or constant")
     rates = options.learning_rates or tuple(float(f"{config.learning_rate * 10**e:.1e}") for e in (-1, -0.5, 0, 0.5))
     candidates = list(itertools.product(rates, options.epsilons or (config.epsilon,)))
+    known = _read(Path(config.output_dir))
     ended: dict[tuple[float, float], Trial] = {}
     for number in range(options.rounds):
         steps = math.ceil(config.max_steps / options.reduction ** (options.rounds - 1 - number))
-        found = [_trial(config, rate, epsilon, steps) for rate, epsilon in candidates]
-        for trial in found:
+        found = []
+        for rate, epsilon in candidates:
+            trial = known.get((rate, epsilon, steps)) or _trial(config, rate, epsilon, steps)
             report(trial)
-            ended[trial.learning_rate, trial.epsilon] = trial
-        _write(Path(config.output_dir), _ranked(config, ended.values()))
+            found.append(trial)
+            known[rate, epsilon, steps] = ended[rate, epsilon] = trial
+            _write(Path(config.output_dir), _ranked(config, known.values()))
         kept = [t for t in _ranked(config, found) if t.metric is not None]
         if not kept:
             break
@@ -69,7 +74,7 @@ def tune(config: MeZOConfig, options: TuneOptions, report: Callable[[Trial], Non
 
 def _trial(config: MeZOConfig, rate: float, epsilon: float, steps: int) -> Trial:
     """One candidate, trained to `steps` from wherever its journal ends."""
-    folder = Path(config.output_dir) / f"lr-{rate:g}-epsilon-{epsilon:g}"
+    folder = Path(config.output_dir) / f"lr-{rate!r}-epsilon-{epsilon!r}"
     run = dataclasses.replace(
         config,
         learning_rate=rate,
@@ -80,6 +85,8 @@ def _trial(config: MeZOConfig, rate: float, epsilon: float, steps: int) -> Trial
     )
     trainer = build_trainer(run)
     try:
+        if run.resume_from_checkpoint and len(journal.read(folder / checkpoint.JOURNAL_NAME).steps) > steps:
+            raise UserError(f"{folder} has been trained beyond {steps} steps; choose another output_dir")
         if trainer.eval_examples is None:
             raise UserError(
                 "tune chooses by evaluation: give num_shots, validation_size, eval_dataset_name or dataset_test_split"
@@ -91,7 +98,7 @@ def _trial(config: MeZOConfig, rate: float, epsilon: float, steps: int) -> Trial
         value = None
     finally:
         trainer.engine.close()
-    return Trial(rate, epsilon, str(folder), trainer.state.global_step, None if value is None else float(value))
+    return Trial(rate, epsilon, str(folder), steps, value if value is not None and math.isfinite(value) else None)
 
 
 def _ranked(config: MeZOConfig, trials: Iterable[Trial]) -> list[Trial]:
@@ -104,7 +111,19 @@ def _ranked(config: MeZOConfig, trials: Iterable[Trial]) -> list[Trial]:
     return sorted(trials, key=key)
 
 
+def _read(folder: Path) -> dict[tuple[float, float, int], Trial]:
+    """What an interrupted search has measured, by learning rate, epsilon and steps."""
+    path = folder / _RESULTS
+    if not path.exists():
+        return {}
+    try:
+        trials = [Trial(**entry) for entry in json.loads(path.read_text())]
+        return {(t.learning_rate, t.epsilon, t.steps): t for t in trials}
+    except (ValueError, TypeError):
+        raise UserError(f"{path} is damaged; choose another output_dir") from None
+
+
 def _write(folder: Path, trials: Sequence[Trial]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps([dataclasses.asdict(t) for t in trials], indent=2)
-    checkpoint.write_text(folder / "tune.json", text + "\n")
+    checkpoint.write_text(folder / _RESULTS, text + "\n")

@@ -87,7 +87,7 @@ def tune(config: MeZOConfig, options: TuneOptions, arguments: Sequence[str]) -> 
     best = trials[0]
     if best.metric is None:
         raise UserError("every candidate diverged; try smaller learning rates")
-    found = ["--learning_rate", f"{best.learning_rate:g}", "--epsilon", f"{best.epsilon:g}"]
+    found = ["--learning_rate", repr(best.learning_rate), "--epsilon", repr(best.epsilon)]
     more = ["--max_steps", str(2 * best.steps), "--output_dir", best.output_dir, "--resume_from_checkpoint"]
     print(f"best: {best.output_dir}; twice as far with\n{shlex.join(['mezo', 'train', *arguments, *found, *more])}")
 

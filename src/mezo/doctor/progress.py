@@ -135,8 +135,15 @@ def _flat(run: Run, t: Trend, predicted: float | None, line: str) -> list[Findin
             *rate_of_paper(run, lower=False),
         ]
     figures = f"The steps predict a decrease of {predicted:.2g}, the spread of the losses hides {visible:.2g}"
-    if predicted < visible:
-        advice = f"{figures}: {_longer(run, visible / predicted if predicted else math.inf)}"
+    level = float(run.loss_S[: len(run.loss_S) // 5 + 1].mean())
+    if predicted > max(level, visible) and looks_like_wrong_rate(config) is None:
+        evidence = f"{line} {figures}: more than the whole loss, so steps are too long for its curvature"
+        rates = run.preset.learning_rates
+        usual = sorted(rates)[len(rates) // 2] if _comparable(config) else config.learning_rate / 30
+        advice = f"--learning_rate {short(min(usual, config.learning_rate / 10))}"
+        return [Finding("problem", "stability", f"{evidence}.", advice)]
+    if predicted < 3 * visible:
+        advice = f"{figures}: {_longer(run, max(visible / predicted, 1.5) if predicted else math.inf)}"
         return [Finding("warning", "convergence", line, advice), *rate_of_paper(run, lower=False)]
     batches, rate = 4 * config.gradient_accumulation_steps, short(config.learning_rate / 3)
     advice = (

@@ -104,8 +104,10 @@ def read_run(run: str | Path) -> Run:
     state_path = path.parent / checkpoint.STATE_NAME
     try:
         state = json.loads(state_path.read_text()) if state_path.exists() else {}
-        logs, max_steps = state.get("log_history", []), state.get("max_steps", config.max_steps)
-    except (ValueError, AttributeError):
+        logs, max_steps = state.get("log_history", []), int(state.get("max_steps", config.max_steps))
+        if not all(_is_entry(entry) for entry in logs):
+            raise ValueError
+    except (ValueError, AttributeError, TypeError):
         raise UserError(f"{state_path}: not a trainer_state.json") from None
     due = [config.save_steps] + ([config.eval_steps] if config.eval_steps else [])
     last = checkpoint.checkpoint_path(path.parent, len(steps))
@@ -124,6 +126,11 @@ def read_run(run: str | Path) -> Run:
     )
 
 
+def _is_entry(entry: object) -> bool:
+    """Whether this is a log entry: numbers by name."""
+    return isinstance(entry, dict) and all(isinstance(value, (int, float)) for value in entry.values())
+
+
 def _table(rows: list[list[float]]) -> Floats:
     return np.array(rows).reshape(len(rows), -1 if rows else 1)
 
@@ -131,8 +138,11 @@ def _table(rows: list[list[float]]) -> Floats:
 def _saved_dtype(folder: Path) -> str | None:
     """Type of the first tensor in the folder's weights, from the head of the file."""
     for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            head = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        types = [entry["dtype"] for name, entry in head.items() if name != "__metadata__"]
+        try:
+            with path.open("rb") as file:
+                head = json.loads(file.read(min(int.from_bytes(file.read(8), "little"), 1 << 26)))
+            types = [entry["dtype"] for name, entry in head.items() if name != "__metadata__"]
+        except (ValueError, TypeError, AttributeError, KeyError):
+            return None  # damaged
         return _SAFETENSORS.get(types[0]) if types else None
     return None
