@@ -58,11 +58,37 @@ for width, start, dtype in cases:
 
 def test_add_normals_many():
     interpreted("""
-bases = [base(width, torch.float32) for width in (5, 1024, 3000)]
+gpu.PIECE = 2048
+bases = [base(width, torch.float32) for width in (5, 1024, 4100)]
 outs = [torch.empty_like(b) for b in bases]
 streams = [STREAM, 1, 2**63]
-gpu.add_normals_many(gpu.segment_table(bases, outs, streams), 3000, -0.5, SEED)
+gpu.add_normals_many(gpu.segment_table(bases, outs, streams), -0.5, SEED)
 for b, out, stream in zip(bases, outs, streams):
     z = philox.reference_normals(SEED, stream, torch.tensor([0]), len(b))[0]
     assert torch.equal(out, b + -0.5 * z)
 """)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_update_many(dtype):
+    """Against the readable update, which the CPU takes: two records, decay of matrices only, subnormals, infinities."""
+    interpreted(
+        f"dtype = torch.{dtype}"
+        + """
+from mezo.engines.torch.space import ParameterSpace
+from mezo.estimator import Record
+gpu.PIECE = 2048
+start = {"v": base(5, dtype), "w": base(3000, dtype).view(3, 1000), "x": base(2050, dtype).view(1, 2050) * 1e-6}
+start["w"][0, :3] = torch.tensor([float("inf"), -float("inf"), float("nan")])
+records = [Record(0, seed, 0.0, 0.0, c, 1e-3, 1, 1) for seed, c in ((SEED, 0.7), (2**64 - 3, -0.2))]
+found, expected = (ParameterSpace({k: t.clone() for k, t in start.items()}, widths={"x": 1e-4}) for _ in range(2))
+streams, rounding = ([philox.stream_id(s, k) for k in start] for s in ("direction", "rounding"))
+table = gpu.weight_table(list(found.parameters.values()), [False, True, True], streams, rounding)
+factors = [[-r.learning_rate * r.coefficient * found.scale(k, r.seed) for r in records] for k in start]
+gpu.update_many(table, dtype, [r.seed for r in records], factors, 1 - 1e-3 * 0.1)
+expected.update(records, weight_decay=0.1)
+for name in start:
+    assert torch.equal(found.parameters[name].view(torch.int16), expected.parameters[name].view(torch.int16)), name
+    assert not torch.equal(found.parameters[name], start[name])
+"""
+    )

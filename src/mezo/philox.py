@@ -162,7 +162,7 @@ def add_normals(
         start: index of the first element.
         out_N: float32 tensor to write into and return, possibly `base_N` itself; a new one if not given.
     """
-    starts = torch.tensor([start], device=base_N.device)
+    starts = torch.full((1,), start, device=base_N.device)  # not copied from the CPU, which would wait for the GPU
     kernel = _kernel(base_N.device)
     if kernel is not None and (base_N.dtype == torch.float32 or base_N.device.type == "cuda"):
         out_N = torch.empty_like(base_N, dtype=torch.float32) if out_N is None else out_N
@@ -177,7 +177,7 @@ def add_normals_both(base_N: Tensor, scale: float, seed: int, stream: int, start
     Returns:
         Two tensors of float32; on a GPU of the base's type, rounded to nearest.
     """
-    starts = torch.tensor([start], device=base_N.device)
+    starts = torch.full((1,), start, device=base_N.device)  # not copied from the CPU, which would wait for the GPU
     if _kernel(base_N.device) is gpu_kernels.add_normals:
         return gpu_kernels.add_normals_both(base_N, scale, seed, stream, starts)
     if _kernel(base_N.device) is cpu_kernels.add_normals and base_N.dtype == torch.float32:
@@ -199,18 +199,15 @@ class Segments:
         self._bases = [t.detach().view(-1) for t in bases]
         self._outs = [t.detach().view(-1) for t in outs]
         self._streams = list(streams)
-        self._largest = max(map(len, self._bases))
-        # One launch covers the largest size for every segment: not worth it if most of that is empty.
-        even = self._largest * len(self._bases) <= 64 * sum(map(len, self._bases))
         on_gpu = all(t.is_cuda and t.dtype == torch.float32 for t in (*self._bases, *self._outs))
         self._table = None
-        if even and on_gpu and gpu_kernels.enabled():
+        if on_gpu and gpu_kernels.enabled():
             self._table = gpu_kernels.segment_table(self._bases, self._outs, self._streams)
 
     def add_normals(self, scales: Sequence[float], seed: int) -> None:
         """outs ← bases + scale · z(seed), each with its scale; the bits of `add_normals`."""
         if self._table is not None and len(set(scales)) == 1:
-            gpu_kernels.add_normals_many(self._table, self._largest, scales[0], seed)
+            gpu_kernels.add_normals_many(self._table, scales[0], seed)
             return
         for base_N, out_N, stream, scale in zip(self._bases, self._outs, self._streams, scales, strict=True):
             for start in range(0, len(base_N), _SEGMENT_CHUNK):

@@ -97,17 +97,82 @@ def add_normals_both(plus_ptr, minus_ptr, base_ptr, start_ptr, width, scale, k0,
     tl.store(minus_ptr + i, (base - moved).to(minus_ptr.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _piece_normals(row, piece, k0, k1, BLOCKS: tl.constexpr):
+    """z of one program's part of a piece of a table, and its element's indices in the piece."""
+    stream, start = tl.load(row + 3), tl.load(row + 4)
+    block = start // 4 + piece * BLOCKS + tl.arange(0, BLOCKS)
+    return _normals(block, k0, k1, stream.to(tl.uint32), (stream >> 32).to(tl.uint32), BLOCKS)
+
+
 @triton.jit(do_not_specialize=["scale", "k0", "k1"])
-def add_normals_many(table_ptr, scale, k0, k1, BLOCKS: tl.constexpr):
-    """out[i] = base[i] + scale * z(i), float32, for each row (base, out, size, stream) of the table; (group, row)."""
-    row = table_ptr + tl.program_id(1) * 4
+def add_normals_many(table_ptr, scale, k0, k1, PARTS: tl.constexpr, BLOCKS: tl.constexpr):
+    """out[i] = base[i] + scale * z(start + i), float32, for each piece (base, out, size, stream, start) of a table."""
+    row = table_ptr + (tl.program_id(0) // PARTS).to(tl.int64) * 7
     size = tl.load(row + 2)
-    first = tl.program_id(0).to(tl.int64) * BLOCKS
-    if first * 4 < size:
+    part = tl.program_id(0) % PARTS
+    i = part * 4 * BLOCKS + tl.arange(0, 4 * BLOCKS)
+    if part * 4 * BLOCKS < size:
         base_ptr = tl.load(row).to(tl.pointer_type(tl.float32))
         out_ptr = tl.load(row + 1).to(tl.pointer_type(tl.float32))
-        stream = tl.load(row + 3)
-        z = _normals(first + tl.arange(0, BLOCKS), k0, k1, stream.to(tl.uint32), (stream >> 32).to(tl.uint32), BLOCKS)
-        i = first * 4 + tl.arange(0, 4 * BLOCKS)
+        z = _piece_normals(row, part, k0, k1, BLOCKS)
         value = tl.load(base_ptr + i, mask=i < size) + tl.cast(scale, tl.float32) * z
         tl.store(out_ptr + i, value, mask=i < size)
+
+
+@triton.jit
+def _rounding_bits(block, k0, k1, c2, c3, BLOCKS: tl.constexpr):
+    """The 8 · BLOCKS 16-bit numbers of `block` … `block` + BLOCKS − 1, int32."""
+    zeros = tl.zeros([BLOCKS], dtype=tl.uint32)
+    w0, w1, w2, w3 = _philox(
+        block,
+        zeros + tl.cast(k0, tl.uint32),
+        zeros + tl.cast(k1, tl.uint32),
+        zeros + tl.cast(c2, tl.uint32),
+        zeros + tl.cast(c3, tl.uint32),
+    )
+    even = tl.interleave(tl.interleave(w0 & 0xFFFF, w2 & 0xFFFF), tl.interleave(w1 & 0xFFFF, w3 & 0xFFFF))
+    odd = tl.interleave(tl.interleave(w0 >> 16, w2 >> 16), tl.interleave(w1 >> 16, w3 >> 16))
+    return tl.interleave(even, odd).to(tl.int32)
+
+
+@triton.jit
+def _stochastic_round(x, bits, IS_BFLOAT16: tl.constexpr):
+    """See `mezo.engines.torch.rounding.stochastic_round`; float32."""
+    raw = x.to(tl.int32, bitcast=True)
+    dropped: tl.constexpr = 0xFFFF if IS_BFLOAT16 else 0x1FFF
+    rounded = ((raw + (bits & dropped)) & ~dropped).to(tl.float32, bitcast=True)
+    if not IS_BFLOAT16:
+        steps = tl.floor(x * 16777216.0 + bits.to(tl.float32) * 1.52587890625e-05) * 5.960464477539063e-08
+        rounded = tl.where(tl.abs(x) < 6.103515625e-05, steps, rounded)
+    return tl.where((raw & 0x7F800000) == 0x7F800000, x, rounded)
+
+
+@triton.jit(do_not_specialize=["num_records", "keep", "k0", "k1"])
+def update_many(
+    table_ptr, seeds_ptr, factors_ptr, num_records, keep, k0, k1,
+    IS_BFLOAT16: tl.constexpr, PARTS: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """w[i] = round(keep · w[i] + Σ factor · z(start + i)) in place, for each piece of a table.
+
+    A piece is (address, whether it decays, size, stream of z, start, stream of rounding, tensor); `seeds` has one seed
+    for each record and `factors` one factor for each record and tensor.
+    """
+    row = table_ptr + (tl.program_id(0) // PARTS).to(tl.int64) * 7
+    size = tl.load(row + 2)
+    part = tl.program_id(0) % PARTS
+    i = part * 4 * BLOCKS + tl.arange(0, 4 * BLOCKS)
+    if part * 4 * BLOCKS < size:
+        weight_ptr = tl.load(row).to(tl.pointer_type(tl.bfloat16 if IS_BFLOAT16 else tl.float16))
+        value = tl.load(weight_ptr + i, mask=i < size).to(tl.float32)
+        value = tl.where(tl.load(row + 1) != 0, value * tl.cast(keep, tl.float32), value)
+        factor_ptr = factors_ptr + tl.load(row + 6) * num_records
+        for record in range(num_records):
+            seed = tl.load(seeds_ptr + record)
+            z = _piece_normals(row, part, seed.to(tl.uint32), (seed >> 32).to(tl.uint32), BLOCKS)
+            value = value + tl.load(factor_ptr + record) * z
+        block = tl.load(row + 4) // 8 + part * (BLOCKS // 2) + tl.arange(0, BLOCKS // 2)
+        stream = tl.load(row + 5)
+        bits = _rounding_bits(block, k0, k1, stream.to(tl.uint32), (stream >> 32).to(tl.uint32), BLOCKS // 2)
+        value = _stochastic_round(value, bits, IS_BFLOAT16)
+        tl.store(weight_ptr + i, value.to(weight_ptr.dtype.element_ty), mask=i < size)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 _BLOCKS_PER_PROGRAM = 256
+PIECE = 1 << 16  # elements of a tensor that one row of a table covers; a multiple of what a program covers
 
 
 @functools.cache
@@ -54,22 +55,81 @@ def add_normals_both(base_N: Tensor, scale: float, seed: int, stream: int, start
     return plus_N, minus_N
 
 
+def piece_table(
+    addresses: Sequence[int],
+    seconds: Sequence[int],
+    sizes: Sequence[int],
+    item_sizes: tuple[int, int],
+    streams: Sequence[int],
+    rounding_streams: Sequence[int],
+    device: torch.device,
+) -> Tensor:
+    """What `add_normals_many` and `update_many` read, int64 [pieces, 7] on the device.
+
+    Tensors are cut into pieces of `PIECE` elements, so that one launch serves tensors of all sizes. A row holds the
+    piece's address, a second address or a number, its size, the stream of z, its first element, the stream of
+    rounding and the tensor's number.
+    """
+    rows = []
+    for tensor, (address, second, size) in enumerate(zip(addresses, seconds, sizes, strict=True)):
+        stream, rounding = (_signed(s[tensor]) for s in (streams, rounding_streams))
+        for start in range(0, size, PIECE):
+            places = (address + start * item_sizes[0], second + start * item_sizes[1])
+            rows.append((*places, min(PIECE, size - start), stream, start, rounding, tensor))
+    return torch.tensor(rows, dtype=torch.int64).view(-1, 7).to(device)
+
+
+def _signed(word: int) -> int:
+    """The int64 of the same 64 bits."""
+    return word - (word >> 63 << 64)
+
+
 def segment_table(bases: Sequence[Tensor], outs: Sequence[Tensor], streams: Sequence[int]) -> Tensor:
-    """What `add_normals_many` reads: addresses, sizes and streams, int64 [segments, 4] on the device."""
-    rows = [
-        (base.data_ptr(), out.data_ptr(), base.numel(), stream - (stream >> 63 << 64))
-        for base, out, stream in zip(bases, outs, streams, strict=True)
-    ]
-    return torch.tensor(rows, dtype=torch.int64, device=outs[0].device)
+    """The table of float32 tensors to read from and to write to."""
+    sizes = [base.numel() for base in bases]
+    addresses = ([t.data_ptr() for t in bases], [t.data_ptr() for t in outs])
+    return piece_table(*addresses, sizes, (4, 4), streams, streams, outs[0].device)
 
 
-def add_normals_many(table: Tensor, largest: int, scale: float, seed: int) -> None:
-    """`out = base + scale · z` for all float32 tensors of a table in one launch; `largest` is the largest size."""
-    groups = ((largest + 3) // 4 + _BLOCKS_PER_PROGRAM - 1) // _BLOCKS_PER_PROGRAM
+def weight_table(
+    weights: Sequence[Tensor], decays: Sequence[bool], streams: Sequence[int], rounding_streams: Sequence[int]
+) -> Tensor:
+    """The table of bfloat16 or float16 tensors that `update_many` updates."""
+    sizes, addresses = [w.numel() for w in weights], [w.data_ptr() for w in weights]
+    return piece_table(addresses, list(map(int, decays)), sizes, (2, 0), streams, rounding_streams, weights[0].device)
+
+
+def add_normals_many(table: Tensor, scale: float, seed: int) -> None:
+    """`out = base + scale · z` for all float32 tensors of a `segment_table` in one launch."""
     with torch.cuda.device(table.device):
-        _kernels().add_normals_many[(groups, len(table))](
-            table, scale, seed & 0xFFFFFFFF, seed >> 32, BLOCKS=_BLOCKS_PER_PROGRAM, enable_fp_fusion=False
-        )
+        parts = PIECE // (4 * _BLOCKS_PER_PROGRAM)
+        _kernels().add_normals_many[(len(table) * parts,)](
+            table, scale, seed & 0xFFFFFFFF, seed >> 32, PARTS=parts, BLOCKS=_BLOCKS_PER_PROGRAM,
+            enable_fp_fusion=False,
+        )  # fmt: skip
+
+
+def update_many(
+    table: Tensor, dtype: torch.dtype, seeds: Sequence[int], factors: Sequence[Sequence[float]], keep: float
+) -> None:
+    """`w = keep · w + Σ factor · z`, stochastically rounded, for all tensors of a `weight_table` in one launch.
+
+    Args:
+        table: of tensors of type `dtype`.
+        dtype: bfloat16 or float16.
+        seeds: of each record; rounding is drawn with the first.
+        factors: of each tensor, one for each record.
+        keep: factor of the weights that decay.
+    """
+    seeds_N = torch.tensor(list(map(_signed, seeds)), device=table.device)
+    factors_TN = torch.tensor(factors, dtype=torch.float32, device=table.device)
+    key = (seeds[0] & 0xFFFFFFFF, seeds[0] >> 32)
+    with torch.cuda.device(table.device):
+        parts = PIECE // (4 * _BLOCKS_PER_PROGRAM)
+        _kernels().update_many[(len(table) * parts,)](
+            table, seeds_N, factors_TN, len(seeds), keep, *key, IS_BFLOAT16=dtype == torch.bfloat16,
+            PARTS=parts, BLOCKS=_BLOCKS_PER_PROGRAM, enable_fp_fusion=False,
+        )  # fmt: skip
 
 
 @functools.cache

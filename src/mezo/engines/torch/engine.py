@@ -28,13 +28,14 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from mezo.adapter import canonical_name
 from mezo.engines.base import Loss, Work
+from mezo.engines.torch.buffer import ProbeBuffers
 from mezo.engines.torch.generation import generate
 from mezo.engines.torch.graphs import Graphs, Shape, StaticInputs
 from mezo.engines.torch.layers import FrozenLayers, first_trained_layer
 from mezo.engines.torch.lora import BatchedLoRA
-from mezo.engines.torch.low_rank import LowRank, LowRankProbes
+from mezo.engines.torch.low_rank import LowRank
 from mezo.engines.torch.optimizer import Optimizer, load_state, save_state
-from mezo.engines.torch.perturbed import BATCHED_MODELS, Dense, PerturbedForward
+from mezo.engines.torch.perturbed import BATCHED_MODELS, Copies, Dense, PerturbedForward, Weights
 from mezo.engines.torch.reuse import Stage, TensorStore, cache_of_rows, rows_of_cache, shared_prefixes
 from mezo.engines.torch.space import ParameterSpace, tensors_digest
 from mezo.errors import EngineError, is_out_of_memory
@@ -42,6 +43,10 @@ from mezo.estimator import UNPERTURBED, Probe, Record
 from mezo.objective import Example, TargetScores, TokenSequence, common_prefix, example_losses
 
 logger = logging.getLogger(__name__)
+
+_COPY_BYTES = 1 << 30  # memory of a GPU for whole copies of a small model's parameters
+# A pass of fewer floating-point operations is launched as a CUDA graph: a GPU needs 0.1 to 1 s for more.
+_STATIC_FLOPS = 1e14
 
 
 class Past(NamedTuple):
@@ -163,8 +168,11 @@ class TorchEngine:
         # PEFT's prefix tuning brings keys and values of its own.
         self._has_prefix = isinstance(model, PeftModel) and model.peft_config["default"].is_prompt_learning
         self._frozen = self._frozen_layers()
+        on_gpu = model.device.type == "cuda"
+        self._copies = self._copies_within(_COPY_BYTES if on_gpu and share else 0)
         # Where launching kernels costs more than running them.
-        self._graphs = Graphs(model.device) if model.device.type == "cuda" and self._lora is not None else None
+        self._graphs = Graphs(model.device) if on_gpu else None
+        self._pass_flops = 2 * sum(p.numel() for p in model.parameters())  # of a token
 
     @property
     def model(self) -> PreTrainedModel | PeftModel:
@@ -181,12 +189,14 @@ class TorchEngine:
         """See `Engine.losses`."""
         losses_PN = torch.empty(len(probes), len(examples))
         self.work.asked += len(probes) * sum(e.num_tokens for e in examples)
-        together = self._together(probes)
-        for group_G in self._groups(examples, self.train_batch_size):
-            part = [examples[n] for n in group_G]
-            scores = [score for some in together for score in self._fitting(part, some, greedy=False)]
-            for p, score in enumerate(scores):
-                losses_PN[p, group_G] = loss(part, score.logprobs_T).cpu()
+        groups = self._groups(examples, self.train_batch_size)
+        first = 0
+        for some in self._together(probes):
+            for group_G in groups:
+                part = [examples[n] for n in group_G]
+                for p, score in enumerate(self._fitting(part, some, greedy=False), first):
+                    losses_PN[p, group_G] = loss(part, score.logprobs_T).cpu()
+            first += len(some)
         return losses_PN
 
     @torch.no_grad()
@@ -225,8 +235,7 @@ class TorchEngine:
     def update(self, records: Sequence[Record]) -> None:
         """See `Engine.update`."""
         (self._low_rank or self.space).update(records, self.weight_decay)
-        if self._lora is not None:
-            self._lora.changed()
+        self._changed()
 
     def save(self, folder: Path) -> None:
         """See `Engine.save`."""
@@ -254,8 +263,7 @@ class TorchEngine:
         if isinstance(self.model, PeftModel):
             weights = load_file(folder / SAFETENSORS_WEIGHTS_NAME)
             set_peft_model_state_dict(self.model, weights)
-            if self._lora is not None:
-                self._lora.changed()
+            self._changed()
             return
         saved = type(self.model).from_pretrained(folder, dtype=self.model.dtype, use_safetensors=True)
         for name, parameter in saved.named_parameters():
@@ -263,6 +271,7 @@ class TorchEngine:
                 self.space.parameters[name].copy_(parameter)
         if self._low_rank is not None:
             self._low_rank.reset()
+        self._changed()
 
     def digest(self) -> str:
         """See `Engine.digest`. Covers what is saved, frozen parts of a fresh head included."""
@@ -274,6 +283,22 @@ class TorchEngine:
 
     def close(self) -> None:
         """See `Engine.close`."""
+
+    def _changed(self) -> None:
+        """The trained parameters have moved."""
+        if self._lora is not None:
+            self._lora.changed()
+        if self._copies is not None:
+            self._copies.changed()
+
+    def _copies_within(self, num_bytes: int) -> ProbeBuffers | None:
+        """Buffers for whole copies of the parameters, if two fit into the memory."""
+        parameters = list(self.space.parameters.values())
+        if self._lora is not None or self._low_rank is not None or isinstance(self.model, PeftModel):
+            return None
+        if any(p.dtype != torch.float32 for p in parameters) or 8 * self.space.num_parameters() > num_bytes:
+            return None
+        return ProbeBuffers(self.space)
 
     def _folded_state(self) -> dict[str, Tensor]:
         """The model's state with the trained parameters at their present values, on the CPU; tied ones stay tied."""
@@ -288,7 +313,10 @@ class TorchEngine:
         known = self._lora is not None or (
             not isinstance(self.model, PeftModel) and self.model.config.model_type in BATCHED_MODELS
         )
-        return [probes] if known and self._share else [[probe] for probe in probes]
+        if not known or not self._share:
+            return [[probe] for probe in probes]
+        most = len(probes) if self._copies is None else _COPY_BYTES // (4 * self.space.num_parameters())
+        return [probes[first : first + most] for first in range(0, len(probes), most)]
 
     def _perturbed(self, probes: Sequence[Probe]) -> AbstractContextManager[object]:
         """A context in which the model's rows see the trained parameters under the probes."""
@@ -297,13 +325,15 @@ class TorchEngine:
         weights = self._weights(probes)
         return PerturbedForward(weights) if weights is not None else nullcontext()
 
-    def _weights(self, probes: Sequence[Probe]) -> Dense | LowRankProbes | None:
+    def _weights(self, probes: Sequence[Probe]) -> Weights | None:
         """The trained parameters under the probes, unless they are the model's own."""
         moved = any(probe.scale != 0.0 for probe in probes)
         if self._lora is not None:
             return None
         if self._low_rank is not None:
             return self._low_rank.probes(probes) if moved or not self._low_rank.is_folded else None
+        if self._copies is not None and moved:
+            return Copies(self.space, self._copies, probes)
         return Dense(self.space, probes) if moved else None
 
     def _groups(self, examples: Sequence[Example], batch_size: int) -> list[list[int]]:
@@ -331,6 +361,8 @@ class TorchEngine:
                 raise
         # Outside the handler, whose traceback holds the pass's tensors.
         self.work.computed, self.work.padding = before
+        if self._graphs is not None:
+            self._graphs.clear()
         gc.collect()
         torch.cuda.empty_cache()
         half = len(examples) // 2
@@ -353,15 +385,17 @@ class TorchEngine:
         stages = [Stage([s.input_ids for s in sequences], list(range(len(sequences))), [0] * len(sequences))]
         if self._share and self._is_decoder and not self._has_prefix and self._frozen is None:
             stages = shared_prefixes(examples, self._pass_cost)
+        if len(stages) == 1 and not greedy and self._is_static(stages[0], probes):
+            self.work.computed += len(probes) * stages[0].num_tokens
+            return self._read_static(stages[0], sequences, probes, greedy)
         frozen = nullcontext() if self._frozen is None else self._below(self._frozen, sequences, len(probes))
-        weights = self._weights(probes)
         past: Past | None = None
-        perturbed = PerturbedForward(weights) if weights is not None else nullcontext()
-        with self._lora(probes) if self._lora is not None else perturbed, frozen:
+        perturbed = self._perturbed(probes)
+        with perturbed as inside, frozen:
             for stage in stages[:-1]:
                 past = self._extend(past, stage, len(probes))
             scores = self._read(past, stages[-1], sequences, len(probes), greedy)
-        reader = self._lora or weights
+        reader = inside.weights if isinstance(inside, PerturbedForward) else self._lora
         if probes[-1].scale != 0.0 and reader is not None and not self._checked_reads:
             self._report_unread(reader.read_names)
         share = 1.0 if self._frozen is None else 1.0 - self._frozen.share
@@ -379,44 +413,56 @@ class TorchEngine:
         stage = Stage(chunks, list(range(len(sequences))), starts)
         self.work.computed += len(probes) * stage.num_tokens
         if self._graphs is not None and self._share:
-            return self._replay(self._graphs, prefixes, stage, sequences, probes, greedy)
+            return self._read_static(stage, sequences, probes, greedy, prefixes)
         past = Past(*cache_of_rows(prefixes, len(probes), self.model.device))
         with self._lora(probes):
             return self._read(past, stage, sequences, len(probes), greedy)
 
-    def _replay(
+    def _is_static(self, stage: Stage, probes: Sequence[Probe]) -> bool:
+        """Whether launching the pass may cost more than running it, and it reads nothing that moves in memory."""
+        if self._graphs is None or not self._share or not self._checked_reads:
+            return False
+        if self._has_prefix or self._frozen is not None or self._transformer.config.is_encoder_decoder:
+            return False
+        if self._low_rank is not None:
+            known = self._low_rank.keep == 1.0
+        else:
+            known = self._lora is not None or isinstance(self._weights(probes), Copies)
+        tokens = len(probes) * (stage.num_tokens + stage.num_padding)
+        return known and tokens * self._pass_flops < _STATIC_FLOPS
+
+    def _read_static(
         self,
-        graphs: Graphs,
-        prefixes: Sequence[Tensor],
         stage: Stage,
         sequences: Sequence[TokenSequence],
         probes: Sequence[Probe],
         greedy: bool,
+        prefixes: Sequence[Tensor] | None = None,
     ) -> list[TargetScores]:
-        """The same on static tensors, so that a CUDA graph can replay it."""
-        assert self._lora is not None
-        lora = self._lora
+        """As `_read`, on static tensors, so that a CUDA graph can replay it."""
+        assert self._graphs is not None
         batch = Batch.from_stage(stage, sequences, len(probes), self._pad, self.model.device)
-        positions = max(prefix.shape[3] for prefix in prefixes)
-        tokens = batch.inputs["input_ids"].shape[1]
-        shape = Shape.of(len(probes), len(sequences), tokens, positions, len(batch.row_Q))
-        self.work.padding += len(probes) * (len(sequences) * shape.tokens - stage.num_tokens)
-        static = graphs.inputs(shape, prefixes[0])
-        static.fill(prefixes, batch.inputs, batch.row_Q, batch.position_Q)
-        lora.write(probes)
+        positions = max(p.shape[3] for p in prefixes) if prefixes is not None else 0
+        tokens, reads = batch.inputs["input_ids"].shape[1], len(batch.row_Q) // len(probes)
+        shape = Shape.of(len(probes), len(sequences), tokens, positions, reads)
+        self.work.padding += len(probes) * (shape.rows * shape.tokens - stage.num_tokens)
+        static = self._graphs.inputs(shape, None if prefixes is None else prefixes[0])
+        static.fill(batch.inputs, batch.row_Q, batch.position_Q, self._pad)
+        if prefixes is not None:
+            static.fill_prompts(prefixes)
+        self._perturbed(probes)  # writes the parameters, which must not be captured
 
         def forward(static: StaticInputs) -> Tensor:
-            with lora(probes), _LastHidden(self._transformer, static.row_Q, static.position_Q):
-                logits: Tensor = self._transformer(
-                    input_ids=static.input_ids_RS,
-                    attention_mask=static.mask_R1SK,
-                    position_ids=static.position_ids_RS,
-                    past_key_values=static.cache(),
-                    use_cache=True,
-                ).logits
-            return logits
+            arguments = static.arguments(self.model.dtype, encoder=not self._is_decoder)
+            if "use_cache" in self._accepted:
+                arguments.setdefault("use_cache", False)
+            row_Q, position_Q = static.reads
+            with self._perturbed(probes), _LastHidden(self._transformer, row_Q, position_Q):
+                logits: Tensor = self._transformer(**arguments).logits
+            return logits[row_Q] if logits.ndim == 2 else logits[0]
 
-        return self._pick(graphs.run(shape, forward)[0][: len(batch.row_Q)], batch, len(probes), greedy)
+        logits_PQV = self._graphs.run(shape, forward).unflatten(0, (len(probes), -1))
+        return self._pick(logits_PQV[:, :reads].flatten(0, 1), batch, len(probes), greedy)
 
     def _prompts(self, sequences: Sequence[TokenSequence]) -> list[Tensor]:
         """Keys and values [L, 2, H, S, D] of each row's tokens before the adapter acts, from the store if there."""

@@ -1,10 +1,12 @@
-"""The last stage of an activated LoRA's batch on static tensors, captured as a CUDA graph.
+"""The last stage of a batch on static tensors, captured as a CUDA graph.
 
-After a prompt's keys and values have been taken from the store, a row has a few tokens left: too little work for a GPU
-to hide what launching a model's kernels one by one costs. Shapes are rounded up to buckets, so that a few graphs serve
-a whole data set. On a CPU the same static pass runs without a graph, which is how it is tested.
+A small model, a short batch or the few tokens behind a stored prompt are too little work for a GPU to hide what
+launching a model's kernels one by one costs. Shapes are rounded up to buckets, so that a few graphs serve a whole data
+set, and a bucket is captured when it comes back. On a CPU the same static pass runs without a graph, which is how it
+is tested.
 
-Shapes: R rows (sequences × probes), S tokens left of a row, P positions of prompts, Q positions that are read.
+Shapes: R rows of one probe, S tokens left of a row, P positions of prompts, Q positions of one probe that are read; the
+static tensors hold them for all probes, probe by probe.
 """
 
 from __future__ import annotations
@@ -20,22 +22,25 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from mezo.errors import is_out_of_memory
+
 _TOKENS, _POSITIONS, _READS = 8, 64, 32  # buckets
-_KEPT = 4
+_KEPT = 64
 
 
 class Shape(NamedTuple):
     """What a graph is captured for."""
 
     probes: int
-    rows: int  # of one probe
+    rows: int
     tokens: int
     positions: int
     reads: int
 
     @classmethod
     def of(cls, probes: int, rows: int, tokens: int, positions: int, reads: int) -> Shape:
-        """The bucket of a batch."""
+        """The bucket of a batch. At most a fifth of the rows is padding."""
+        rows = _up(rows, 1 << max(0, rows.bit_length() - 3))
         return cls(probes, rows, _up(tokens, _TOKENS), _up(positions, _POSITIONS), _up(reads, _READS))
 
 
@@ -44,44 +49,88 @@ def _up(value: int, step: int) -> int:
 
 
 class StaticInputs:
-    """Tensors that a graph reads, at the size of its bucket; keys and values lie in `memory`."""
+    """Tensors that a graph reads, at the size of its bucket; keys and values of prompts lie in `memory`."""
 
-    def __init__(self, shape: Shape, prefix: Tensor, memory: Tensor):
-        rows = shape.probes * shape.rows
-        layers, _, heads, _, width = prefix.shape
+    def __init__(self, shape: Shape, device: torch.device, prefix: Tensor | None = None, memory: Tensor | None = None):
+        def zeros(*size: int) -> Tensor:
+            return torch.zeros(shape.probes, *size, dtype=torch.long, device=device)
+
         self.shape = shape
-        positions = shape.positions + shape.tokens
-        size = (layers, 2, rows, heads, positions, width)
-        self.kv_L2RHKD = memory[: math.prod(size)].view(size)
-        self.input_ids_RS = torch.zeros(rows, shape.tokens, dtype=torch.long, device=memory.device)
-        self.position_ids_RS = torch.zeros_like(self.input_ids_RS)
-        self.mask_R1SK = torch.zeros(rows, 1, shape.tokens, positions, dtype=memory.dtype, device=memory.device)
-        self.row_Q = torch.zeros(shape.reads, dtype=torch.long, device=memory.device)
-        self.position_Q = torch.zeros_like(self.row_Q)
+        self._input_ids_PRS = zeros(shape.rows, shape.tokens)
+        self._position_ids_PRS = torch.zeros_like(self._input_ids_PRS)
+        self._length_PR, self._prompt_PR = zeros(shape.rows), zeros(shape.rows)
+        self._row_PQ, self._position_PQ = zeros(shape.reads), zeros(shape.reads)
+        self._kv_L2RHKD: Tensor | None = None
+        if prefix is not None and memory is not None:
+            layers, _, heads, _, width = prefix.shape
+            size = (layers, 2, shape.probes * shape.rows, heads, shape.positions + shape.tokens, width)
+            self._kv_L2RHKD = memory[: math.prod(size)].view(size)
 
-    def fill(self, prefixes: Sequence[Tensor], inputs: dict[str, Tensor], row_Q: Tensor, position_Q: Tensor) -> None:
-        """Takes a batch; `prefixes` are the keys and values [L, 2, H, P, D] of one probe's rows."""
+    def fill(self, inputs: dict[str, Tensor], row_Q: Tensor, position_Q: Tensor, pad_token_id: int) -> None:
+        """Takes a batch, whose rows come probe by probe."""
         shape = self.shape
+        ids_PRS = inputs["input_ids"].unflatten(0, (shape.probes, -1))
+        _, rows, width = ids_PRS.shape
+        self._input_ids_PRS.fill_(pad_token_id)
+        self._input_ids_PRS[:, :rows, :width] = ids_PRS
+        self._position_ids_PRS[:, :rows, :width] = inputs["position_ids"].view_as(ids_PRS)
+        self._length_PR.fill_(1)
+        self._length_PR[:, :rows] = inputs["attention_mask"].view_as(ids_PRS).sum(dim=2)
+        reads = len(row_Q) // shape.probes
+        added_P1 = torch.arange(shape.probes, device=row_Q.device)[:, None] * (shape.rows - rows)
+        self._row_PQ[:, :reads] = row_Q.view(shape.probes, -1) + added_P1
+        self._row_PQ[:, reads:] = self._row_PQ[:, :1]
+        self._position_PQ[:, :reads] = position_Q.view(shape.probes, -1)
+        self._position_PQ[:, reads:] = 0
+
+    def fill_prompts(self, prefixes: Sequence[Tensor]) -> None:
+        """Takes the keys and values [L, 2, H, P, D] of one probe's rows."""
+        assert self._kv_L2RHKD is not None
         for row, prefix in enumerate(prefixes):
-            kv_L2PHKD = self.kv_L2RHKD[:, :, row :: shape.rows]
+            kv_L2PHKD = self._kv_L2RHKD[:, :, row :: self.shape.rows]
             kv_L2PHKD[:, :, :, :, : prefix.shape[3]] = prefix[:, :, None]
             kv_L2PHKD[:, :, :, :, prefix.shape[3] :] = 0.0  # never read, but 0 · NaN is NaN
-        width = inputs["input_ids"].shape[1]
-        self.input_ids_RS[:, :width] = inputs["input_ids"]
-        self.position_ids_RS[:, :width] = inputs["position_ids"]
-        lengths_R = torch.tensor([p.shape[3] for p in prefixes]).repeat(shape.probes)
-        prompt_R1P = (torch.arange(shape.positions) < lengths_R[:, None])[:, None].expand(-1, shape.tokens, -1)
-        own_SS = torch.ones(shape.tokens, shape.tokens, dtype=torch.bool).tril().expand(len(lengths_R), -1, -1)
-        hidden_RSK = ~torch.cat((prompt_R1P, own_SS), dim=2)
-        mask_RSK = torch.zeros(hidden_RSK.shape, dtype=self.mask_R1SK.dtype)
-        self.mask_R1SK.copy_(mask_RSK.masked_fill_(hidden_RSK, torch.finfo(mask_RSK.dtype).min)[:, None])
-        self.row_Q[: len(row_Q)] = row_Q
-        self.position_Q[: len(position_Q)] = position_Q
+        for row in range(len(prefixes), self.shape.rows):
+            self._kv_L2RHKD[:, :, row :: self.shape.rows] = 0.0
+        self._prompt_PR.zero_()
+        lengths = torch.tensor([p.shape[3] for p in prefixes])
+        self._prompt_PR[:, : len(prefixes)] = lengths.to(self._prompt_PR.device)
 
-    def cache(self) -> DynamicCache:
+    def arguments(self, dtype: torch.dtype, *, encoder: bool) -> dict[str, Any]:
+        """What the model takes. A decoder's rows need no mask without a prompt: padding stands behind what is read."""
+        taken: dict[str, Any] = {"input_ids": self._input_ids_PRS.flatten(0, 1)}
+        if self._kv_L2RHKD is not None:
+            taken |= {"position_ids": self._position_ids_PRS.flatten(0, 1), "past_key_values": self._cache()}
+            taken |= {"attention_mask": self._mask(dtype, encoder=False), "use_cache": True}
+        elif encoder:
+            taken["attention_mask"] = self._mask(dtype, encoder=True)
+        return taken
+
+    @property
+    def reads(self) -> tuple[Tensor, Tensor]:
+        """Rows and positions that are read, [probes · Q]."""
+        return self._row_PQ.flatten(), self._position_PQ.flatten()
+
+    def _mask(self, dtype: torch.dtype, *, encoder: bool) -> Tensor:
+        """What is added to attention scores [probes · R, 1, S, P + S]."""
+        tokens, device = self.shape.tokens, self._length_PR.device
+        place_S = torch.arange(tokens, device=device)
+        if encoder:
+            seen_R1S = (place_S < self._length_PR.view(-1, 1))[:, None]
+            seen_RSK = seen_R1S.expand(-1, tokens, -1)
+        else:
+            place_P = torch.arange(self.shape.positions, device=device)
+            prompt_RSP = (place_P < self._prompt_PR.view(-1, 1))[:, None].expand(-1, tokens, -1)
+            own_RSS = (place_S <= place_S[:, None]).expand(len(prompt_RSP), -1, -1)
+            seen_RSK = torch.cat((prompt_RSP, own_RSS), dim=2)
+        zeros_RSK = torch.zeros(seen_RSK.shape, dtype=dtype, device=device)
+        return zeros_RSK.masked_fill_(~seen_RSK, torch.finfo(dtype).min)[:, None]
+
+    def _cache(self) -> DynamicCache:
         """The prompts' keys and values, behind which the model writes those of the tokens left."""
+        assert self._kv_L2RHKD is not None
         cache = DynamicCache()
-        cache.layers = [_FilledLayer(keys, values, self.shape.positions) for keys, values in self.kv_L2RHKD]
+        cache.layers = [_FilledLayer(keys, values, self.shape.positions) for keys, values in self._kv_L2RHKD]
         return cache
 
 
@@ -105,36 +154,47 @@ class _FilledLayer(DynamicLayer):
 
 
 class Graphs:
-    """One captured pass for each bucket that was met lately. Only one runs at a time, so all share one memory."""
+    """One captured pass for each bucket that was met lately. Only one runs at a time, so all share one memory.
+
+    Args:
+        device: where the model is; only on a GPU passes are captured.
+    """
 
     def __init__(self, device: torch.device):
         self._device = device
         self._captures = device.type == "cuda"
+        self.clear()
+
+    def clear(self) -> None:
+        """Gives all memory back."""
         self._memory = torch.empty(0)
+        self._pool: Any = None
         self._kept: OrderedDict[Shape, _Pass] = OrderedDict()
 
-    def inputs(self, shape: Shape, prefix: Tensor) -> StaticInputs:
+    def inputs(self, shape: Shape, prefix: Tensor | None = None) -> StaticInputs:
         """The static inputs of a bucket; `prefix` shows the layers, heads, width and dtype of keys and values."""
         if shape not in self._kept:
-            layers, _, heads, _, width = prefix.shape
-            needed = layers * 2 * shape.probes * shape.rows * heads * (shape.positions + shape.tokens) * width
-            if self._memory.numel() < needed:
-                self._kept.clear()
-                self._memory = torch.empty(0)
-                self._memory = torch.empty(needed, dtype=prefix.dtype, device=self._device)
+            if prefix is not None:
+                self._reserve(shape, prefix)
             while len(self._kept) >= _KEPT:
                 self._kept.popitem(last=False)
-            self._kept[shape] = _Pass(StaticInputs(shape, prefix, self._memory))
+            self._kept[shape] = _Pass(StaticInputs(shape, self._device, prefix, self._memory))
         self._kept.move_to_end(shape)
         return self._kept[shape].static
 
     def run(self, shape: Shape, forward: Callable[[StaticInputs], Tensor]) -> Tensor:
-        """The output of `forward` on the bucket's inputs: captured at the first call, replayed afterwards."""
+        """The output of `forward` on the bucket's inputs, to be read before the next run.
+
+        Runs it at the first call, captures it at the second, replays it afterwards.
+        """
         kept = self._kept[shape]
-        if self._captures and kept.graph is None:
+        kept.calls += 1
+        if self._captures and kept.graph is None and kept.calls > 1:
             try:
                 self._capture(kept, forward)
             except RuntimeError as error:  # a model that waits for the GPU, or chooses by values
+                if is_out_of_memory(error):
+                    raise
                 self._captures = False
                 warnings.warn(f"this model's pass cannot be captured as a CUDA graph: {error}", stacklevel=2)
         if kept.graph is None:
@@ -142,17 +202,23 @@ class Graphs:
         kept.graph.replay()
         return kept.output
 
+    def _reserve(self, shape: Shape, prefix: Tensor) -> None:
+        layers, _, heads, _, width = prefix.shape
+        needed = layers * 2 * shape.probes * shape.rows * heads * (shape.positions + shape.tokens) * width
+        if self._memory.numel() < needed:
+            self.clear()
+            self._memory = torch.empty(needed, dtype=prefix.dtype, device=self._device)
+
     def _capture(self, kept: _Pass, forward: Callable[[StaticInputs], Tensor]) -> None:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(2):  # lazy initialisation must not be captured
-                forward(kept.static)
+        with torch.cuda.stream(side):  # lazy initialisation must not be captured
+            forward(kept.static)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=self._pool):
             kept.output = forward(kept.static)
-        kept.graph = graph
+        self._pool, kept.graph = graph.pool(), graph
 
 
 class _Pass:
@@ -160,3 +226,4 @@ class _Pass:
         self.static = static
         self.graph: torch.cuda.CUDAGraph | None = None
         self.output = torch.empty(0)
+        self.calls = 0

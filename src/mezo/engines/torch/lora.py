@@ -82,7 +82,7 @@ class _Patched:
             x_PNI = x.to(y.dtype).reshape(self._num_probes, -1, a_PrI.shape[2])
             y_PNO = y.reshape(self._num_probes, -1, b_POr.shape[1])
             low_PNr = torch.bmm(x_PNI, a_PrI.mT)
-            return torch.baddbmm(y_PNO, low_PNr, b_POr.mT, alpha=scaling).view(y.shape)
+            return y_PNO.baddbmm_(low_PNr, b_POr.mT, alpha=scaling).view(y.shape)
 
         return forward
 

@@ -23,8 +23,9 @@ Shapes: P probes, N rows × positions of one probe, I inputs and O outputs of a 
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -64,21 +65,31 @@ class LowRank:
         self.space = space
         self.rank = rank
         self.refresh_steps = refresh_steps
-        # B of each matrix, seen as [all but the last dimension, last], or its core; vectors themselves. float32.
+        matrices = {name: p for name, p in space.parameters.items() if p.ndim > 1}
+        vectors = {name: p for name, p in space.parameters.items() if p.ndim < 2}
+        device = next(iter(space.parameters.values())).device
+        # B of each matrix, seen as [all but the last dimension, last], or its core; vectors themselves. One after the
+        # other in one memory, as CUDA graphs need it; float32.
+        rows = [rank if subspace else _num_rows(p) for p in matrices.values()]
+        self.num_left = sum(rows) * rank  # elements of all B together
+        self.flat_N = torch.zeros(self.num_left + sum(p.numel() for p in vectors.values()), device=device)
+        parts = self.flat_N.split([n * rank for n in rows] + [p.numel() for p in vectors.values()])
         collected = {
-            name: torch.zeros(rank if subspace else _num_rows(p), rank, device=p.device)
-            if p.ndim > 1
-            else p.detach().float()
-            for name, p in space.parameters.items()
+            name: part.detach().view((-1, rank) if name in matrices else vectors[name].shape)
+            for name, part in zip([*matrices, *vectors], parts, strict=True)
         }
-        collected = {name: t.clone() for name, t in collected.items()}
+        for name, vector in vectors.items():
+            collected[name].copy_(vector.detach())
         self._collected = ParameterSpace(collected, widths=space.widths, optimizer=optimizer)
         # −0 + x is x: U alone where B is kept apart.
         bases = {name: torch.full_like(t, -0.0) if t.ndim > 1 else t for name, t in collected.items()}
         self.buffers = ProbeBuffers(self._collected, bases)
         self._names = {id(p): name for name, p in space.parameters.items()}
-        self._bases: dict[tuple[str, str], Tensor] = {}  # V / √r [I, r] and, of a subspace, U / √r; float32
-        self._cast: dict[str, tuple[Tensor, Tensor]] = {}  # B and V / √r in the parameter's type
+        self.right = _Bases({name: p.shape[-1] for name, p in matrices.items()}, "basis", rank, device)  # V
+        stops = list(itertools.accumulate(rows))
+        self.left_rows = {name: slice(stop - n, stop) for name, stop, n in zip(matrices, stops, rows, strict=True)}
+        lefts = {name: _num_rows(p) for name, p in matrices.items()} if subspace else {}
+        self.left = _Bases(lefts, "left basis", rank, device)  # U of a subspace
         self._window_seed: int | None = None
         self._keep = 1.0  # what weight decay leaves of W
         self.steps = 0  # since the last fold
@@ -104,7 +115,6 @@ class LowRank:
         self._collected.update(records, weight_decay)
         self.buffers.changed()
         self._keep *= 1.0 - records[0].learning_rate * weight_decay
-        self._cast.clear()
         self.steps += 1
         if self.steps == self.refresh_steps:
             for name, parameter in self.space.parameters.items():
@@ -118,13 +128,11 @@ class LowRank:
             if parameter.ndim > 1:
                 collected.zero_()
             else:
-                collected.copy_(parameter)
+                collected.copy_(parameter.detach())
         self.buffers.changed()
         if self._collected.optimizer is not None:
             self._collected.optimizer.state.clear()
         self._window_seed, self._keep, self.steps = None, 1.0, 0
-        self._bases.clear()
-        self._cast.clear()
 
     @torch.no_grad()
     def folded(self, name: str) -> Tensor:
@@ -141,7 +149,7 @@ class LowRank:
         for start in range(0, flat_N.numel(), rows * width):
             stop = min(flat_N.numel(), start + rows * width)
             value_N = collected[start:stop].clone() if parameter.ndim < 2 else self._moved(
-                flat_N[start:stop].float(), self._left(name, start // width, stop // width), self.v(name)
+                flat_N[start:stop].float(), self._left(name, start // width, stop // width), self.right[name]
             )  # fmt: skip
             if parameter.dtype != torch.float32:
                 bits_N = philox.rounding_bits(self._window_seed, stream, start, stop, parameter.device)
@@ -161,39 +169,11 @@ class LowRank:
         collected = self._collected.parameters[name]
         if not self.subspace:
             return collected[start:stop]
-        u_Rr = self.u(name)[start:stop]
+        u_Rr = self.left[name][start:stop]
         b_Rr = torch.zeros_like(u_Rr)
         for k in range(self.rank):
             b_Rr += u_Rr[:, k : k + 1] * collected[k]
         return b_Rr
-
-    def v(self, name: str) -> Tensor:
-        """V / √r of a matrix, float32 [I, r]."""
-        return self._basis(name, "basis", self.space.parameters[name].shape[-1])
-
-    def u(self, name: str) -> Tensor:
-        """U / √r of a matrix in a subspace, float32 [O, r]."""
-        return self._basis(name, "left basis", _num_rows(self.space.parameters[name]))
-
-    def _basis(self, name: str, purpose: str, rows: int) -> Tensor:
-        if (purpose, name) not in self._bases:
-            assert self._window_seed is not None
-            starts = torch.zeros(1, dtype=torch.long, device=self.space.parameters[name].device)
-            drawn_N = philox.normals(self._window_seed, philox.stream_id(purpose, name), starts, rows * self.rank)[0]
-            self._bases[purpose, name] = drawn_N.view(rows, self.rank) / math.sqrt(self.rank)
-        return self._bases[purpose, name]
-
-    def spread(self, name: str, core_Prk: Tensor) -> Tensor:
-        """What multiplies Vᵀ / √r: the drawn matrices themselves, or U / √r times the drawn cores."""
-        return self.u(name) @ core_Prk if self.subspace else core_Prk
-
-    def cast(self, name: str) -> tuple[Tensor, Tensor]:
-        """B and V / √r in the parameter's type."""
-        if name not in self._cast:
-            dtype = self.space.parameters[name].dtype
-            left_Rr = self.spread(name, self._collected.parameters[name])
-            self._cast[name] = (left_Rr.to(dtype), self.v(name).to(dtype))
-        return self._cast[name]
 
     @property
     def keep(self) -> float:
@@ -208,18 +188,51 @@ class LowRank:
         """A window's V is known from its first direction on."""
         if self.steps == 0 and seed != self._window_seed:
             self._window_seed = seed
-            self._bases.clear()
-            self._cast.clear()
+            self.right.draw(seed)
+            self.left.draw(seed)
+
+
+class _Bases:
+    """V / √r of all matrices, one after the other in one memory, float32 [rows of all, r].
+
+    Args:
+        rows: of each matrix's basis.
+        purpose: names the stream.
+        rank: r.
+        device: where they lie.
+    """
+
+    def __init__(self, rows: Mapping[str, int], purpose: str, rank: int, device: torch.device):
+        self._purpose, self._rank = purpose, rank
+        stops = list(itertools.accumulate(rows.values()))
+        self.slices = {name: slice(stop - rows[name], stop) for name, stop in zip(rows, stops, strict=True)}
+        self.flat_Nr = torch.empty(sum(rows.values()), rank, device=device)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.flat_Nr[self.slices[name]]
+
+    def draw(self, seed: int) -> None:
+        """Takes the bases of a window."""
+        starts = torch.zeros(1, dtype=torch.long, device=self.flat_Nr.device)
+        for name in self.slices:
+            basis_Rr = self[name]
+            drawn_N = philox.normals(seed, philox.stream_id(self._purpose, name), starts, basis_Rr.numel())[0]
+            torch.div(drawn_N.view_as(basis_Rr), math.sqrt(self._rank), out=basis_Rr)
 
 
 class LowRankProbes:
-    """`mezo.engines.torch.perturbed.Weights` of low-rank directions."""
+    """`mezo.engines.torch.perturbed.Weights` of low-rank directions.
+
+    What a pass reads is [B | scale · U] of each matrix under each probe and [V | V] / √r, in the matrix's type. B and U
+    stay apart, so that a short type rounds the perturbation by its own size and not by that of B.
+    """
 
     def __init__(self, state: LowRank, probes: Sequence[Probe]):
         self._state = state
-        self._moved = any(probe.scale != 0.0 for probe in probes)
         self._flat_PN = state.buffers.write(probes)
-        self._cast: dict[torch.dtype, Tensor] = {}
+        self._lefts: dict[torch.dtype, Tensor] = {}
+        self._rights: dict[torch.dtype, Tensor] = {}
+        self._vectors: dict[torch.dtype, Tensor] = {}
         self.num_probes = len(probes)
         self.read_names: set[str] = set()
 
@@ -229,56 +242,60 @@ class LowRankProbes:
 
     def linear(self, x_PNI: Tensor, weight: Tensor, bias_PO: Tensor | None, transposed: bool) -> Tensor:
         """See `Weights.linear`. W is read once for all probes."""
-        left_PRk, right_kC = self._factors(weight)  # of the matrix as it lies, R rows and C columns
+        left_PRk, right_Ck = self._factors(weight)  # of the matrix as it lies, R rows and C columns
         y_PNO = F.linear(x_PNI, weight.T if transposed else weight)
         if self._state.keep != 1.0:
             y_PNO *= self._state.keep
         if transposed:
-            y_PNO = torch.baddbmm(y_PNO, torch.bmm(x_PNI, left_PRk), right_kC.expand(self.num_probes, -1, -1))
+            y_PNO.baddbmm_(torch.bmm(x_PNI, left_PRk), right_Ck.T.expand(self.num_probes, -1, -1))
         else:
-            y_PNO = torch.baddbmm(y_PNO, x_PNI @ right_kC.T, left_PRk.mT)
-        return y_PNO if bias_PO is None else y_PNO + bias_PO[:, None]
+            y_PNO.baddbmm_(x_PNI @ right_Ck, left_PRk.mT)
+        return y_PNO if bias_PO is None else y_PNO.add_(bias_PO[:, None])
 
     def rows(self, ids_PN: Tensor, weight: Tensor) -> Tensor:
         """See `Weights.rows`."""
-        left_PRk, right_kC = self._factors(weight)
+        left_PRk, right_Ck = self._factors(weight)
         left_PNk = left_PRk.gather(1, ids_PN[..., None].expand(-1, -1, left_PRk.shape[2]))
-        return torch.baddbmm(
-            weight.detach()[ids_PN], left_PNk, right_kC.expand(self.num_probes, -1, -1), beta=self._state.keep
-        )
+        right_PkC = right_Ck.T.expand(self.num_probes, -1, -1)
+        return weight.detach()[ids_PN].baddbmm_(left_PNk, right_PkC, beta=self._state.keep)
 
     def whole(self, parameter: Tensor) -> Tensor:
         """See `Weights.whole`."""
         if parameter.ndim < 2:
-            return self._under_probes(parameter)
-        left_PRk, right_kC = self._factors(parameter)
+            return self._vector(parameter)
+        left_PRk, right_Ck = self._factors(parameter)
         flat_RC = parameter.detach().reshape(-1, parameter.shape[-1])
-        whole_PRC = flat_RC.float() * self._state.keep + (left_PRk @ right_kC).float()
+        whole_PRC = flat_RC.float() * self._state.keep + (left_PRk @ right_Ck.T).float()
         return whole_PRC.to(parameter.dtype).view(self.num_probes, *parameter.shape)
 
     def _factors(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """[B | scale · U] of each probe [P, R, k] and [V | V]ᵀ / √r [k, C], in the weight's type.
+        """[B | scale · U] under each probe [P, R, k] and [V | V] / √r [C, k]."""
+        name, dtype = self._read(weight), weight.dtype
+        if dtype not in self._rights:
+            self._lefts[dtype] = self._all_lefts().to(torch.float32 if self._state.subspace else dtype)
+            v_Nr = self._state.right.flat_Nr.to(dtype)
+            self._rights[dtype] = torch.cat((v_Nr, v_Nr), dim=1)
+        left_PRk = self._lefts[dtype][:, self._state.left_rows[name]]
+        if self._state.subspace:
+            left_PRk = (self._state.left[name] @ left_PRk).to(dtype)
+        return left_PRk, self._rights[dtype][self._state.right.slices[name]]
 
-        B and U stay apart, so that a short type rounds the perturbation by its own size and not by that of B.
-        """
-        u_PRr = self._under_probes(weight)
-        b_Rr, v_Cr = self._state.cast(self._state.name(weight))
-        b_PRr = b_Rr.expand(self.num_probes, -1, -1)
-        if not self._moved:
-            return b_PRr, v_Cr.T
-        if self._state.is_folded:
-            return u_PRr, v_Cr.T
-        return torch.cat((b_PRr, u_PRr), dim=2), torch.cat((v_Cr, v_Cr), dim=1).T
+    def _all_lefts(self) -> Tensor:
+        """[B | scale · U] or, in a subspace, their cores, of all matrices, one after the other: float32 [P, N, k]."""
+        size = (self.num_probes, self._state.num_left // self._state.rank, self._state.rank)
+        b_PNr = self._state.flat_N[: self._state.num_left].view(size[1:]).expand(size)
+        return torch.cat((b_PNr, self._flat_PN[:, : self._state.num_left].unflatten(1, size[1:])), dim=2)
 
-    def _under_probes(self, parameter: Tensor) -> Tensor:
-        """The vector under each probe, or scale · U of a matrix; in the parameter's type."""
-        name, dtype = self._state.name(parameter), parameter.dtype
+    def _vector(self, parameter: Tensor) -> Tensor:
+        name, dtype = self._read(parameter), parameter.dtype
+        if dtype not in self._vectors:
+            self._vectors[dtype] = self._flat_PN.to(dtype)
+        return self._state.buffers.part(self._vectors[dtype], name)
+
+    def _read(self, parameter: Tensor) -> str:
+        name = self._state.name(parameter)
         self.read_names.add(name)
-        if self._state.subspace and parameter.ndim > 1:
-            return self._state.spread(name, self._state.buffers.part(self._flat_PN, name)).to(dtype)
-        if dtype not in self._cast:
-            self._cast[dtype] = self._flat_PN.to(dtype)
-        return self._state.buffers.part(self._cast[dtype], name)
+        return name
 
 
 def _num_rows(matrix: Tensor) -> int:

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from mezo import philox
+from mezo.engines.torch.buffer import ProbeBuffers
 from mezo.engines.torch.space import ParameterSpace, direction_rows
 from mezo.estimator import Probe
 
@@ -276,3 +277,44 @@ class Dense:
             else:
                 formed.append(philox.add_normals(theta_N, factor, seed, stream, start))
         return [formed_N.to(parameter.dtype) for formed_N in formed]
+
+
+class Copies:
+    """The same, formed before the pass as whole copies of all parameters: for small models in float32.
+
+    No kernel of the pass depends on the seed, so a CUDA graph can replay it.
+
+    Args:
+        space: the trained parameters.
+        buffers: where the copies lie.
+        probes: under which they are.
+    """
+
+    def __init__(self, space: ParameterSpace, buffers: ProbeBuffers, probes: Sequence[Probe]):
+        self.num_probes = len(probes)
+        self.read_names: set[str] = set()
+        self._names = {id(p): name for name, p in space.parameters.items()}
+        self._buffers = buffers
+        self._flat_PN = buffers.write(probes)
+
+    def trains(self, value: object) -> bool:
+        """See `Weights.trains`."""
+        return id(value) in self._names
+
+    def linear(self, x_PNI: Tensor, weight: Tensor, bias_PO: Tensor | None, transposed: bool) -> Tensor:
+        """See `Weights.linear`."""
+        weight_PIO = self.whole(weight) if transposed else self.whole(weight).mT
+        if bias_PO is None:
+            return torch.bmm(x_PNI, weight_PIO)
+        return torch.baddbmm(bias_PO[:, None], x_PNI, weight_PIO)
+
+    def rows(self, ids_PN: Tensor, weight: Tensor) -> Tensor:
+        """See `Weights.rows`."""
+        probe_P1 = torch.arange(self.num_probes, device=ids_PN.device)[:, None]
+        return self.whole(weight)[probe_P1, ids_PN]
+
+    def whole(self, parameter: Tensor) -> Tensor:
+        """See `Weights.whole`."""
+        name = self._names[id(parameter)]
+        self.read_names.add(name)
+        return self._buffers.part(self._flat_PN, name)

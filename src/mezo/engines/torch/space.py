@@ -14,6 +14,7 @@ from mezo import philox
 from mezo.engines.torch.optimizer import Optimizer
 from mezo.engines.torch.rounding import stochastic_round
 from mezo.estimator import Record
+from mezo.kernels import gpu as gpu_kernels
 
 # Elements handled at once by passes over the weights: 4 MiB of float32 scratch.
 CHUNK = 1 << 20
@@ -36,6 +37,7 @@ class ParameterSpace:
     # Norms of the last direction only: both probes of a step and its update ask for the same seed.
     _norms: dict[int, dict[str, float]] = field(default_factory=dict, repr=False, compare=False)
     _segments: philox.Segments | None = field(default=None, repr=False, compare=False)
+    _table: Tensor | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name, parameter in self.parameters.items():
@@ -75,6 +77,8 @@ class ParameterSpace:
         if all(p.dtype == torch.float32 for p in self.parameters.values()):
             self._update_float32(records, 1.0 - learning_rate * weight_decay)
             return
+        if self._update_rounded(records, 1.0 - learning_rate * weight_decay):
+            return
         for name, parameter in self.parameters.items():
             keep = 1.0 - learning_rate * weight_decay if parameter.ndim >= 2 else 1.0
             factors = [learning_rate * r.coefficient * self.scale(name, r.seed) for r in records]
@@ -101,6 +105,21 @@ class ParameterSpace:
             self._segments.add_normals(
                 [-factor * self.scale(name, record.seed) for name in self.parameters], record.seed
             )
+
+    def _update_rounded(self, records: Sequence[Record], keep: float) -> bool:
+        """The same bits in one launch on a GPU, if all parameters are bfloat16 or all float16."""
+        tensors = list(self.parameters.values())
+        if not (tensors[0].is_cuda and gpu_kernels.enabled() and len({p.dtype for p in tensors}) == 1):
+            return False
+        if self._table is None:
+            rounding = [philox.stream_id("rounding", name) for name in self.parameters]
+            decays = [p.ndim >= 2 for p in tensors]
+            self._table = gpu_kernels.weight_table(tensors, decays, self.streams(), rounding)
+        factors = [
+            [-r.learning_rate * r.coefficient * self.scale(name, r.seed) for r in records] for name in self.parameters
+        ]
+        gpu_kernels.update_many(self._table, tensors[0].dtype, [r.seed for r in records], factors, keep)
+        return True
 
     def _update_by(self, optimizer: Optimizer, records: Sequence[Record], keep: float) -> None:
         """The optimizer sees Σ coefficient · z of the step."""

@@ -1,0 +1,86 @@
+"""Static passes, as a CUDA graph replays them, against plain ones: whole trajectories, all kinds of directions."""
+
+import pytest
+import torch
+
+from mezo import MeZOConfig
+from mezo.api import build_trainer
+from mezo.engines.torch.graphs import Graphs, Shape
+from mezo.engines.torch.perturbed import Copies
+from mezo.estimator import TwoPoint
+from tests.conftest import SENTIMENT_ROWS
+from tests.test_low_rank import DIRECTIONS, TOLERANCE, noisy, numbers, options_for
+
+KINDS = {**DIRECTIONS, "lora": {"use_peft": True, "lora_r": 2}}
+PROMPT = {"llama": "text", "opt": "text", "gpt2": "text", "bert": "mask", "roberta": "mask"}
+
+
+def engine_for(folder, name, values):
+    config = MeZOConfig(model_name_or_path=folder, seed=3, **options_for(name, **values))
+    trainer = build_trainer(config, SENTIMENT_ROWS)
+    return noisy(trainer.engine), trainer.train_examples
+
+
+def as_on_gpu(engine):
+    """The same static pass, without a graph."""
+    engine._graphs = Graphs(engine.model.device)
+    engine._copies = engine._copies_within(1 << 30)
+    return engine
+
+
+def assert_same_trajectory(static, plain, examples, num_queries=1):
+    """Batches of several sizes, so that buckets are met again with other rows in them."""
+    estimator = TwoPoint(7, 0.05, num_queries)
+    for step, count in enumerate((5, 2, 5, 3, 5, 2)):
+        batch = [examples[(step + i) % len(examples)] for i in range(count)]
+        probes = estimator.probes(step)
+        ours, expected = (engine.losses(batch, probes) for engine in (static, plain))
+        assert (ours - expected).abs().max() < TOLERANCE
+        for engine in (static, plain):
+            engine.update(numbers([(p, 0.3) for p in probes[::2]], step))
+    assert max(kept.calls for kept in static._graphs._kept.values()) > 1
+    assert static.digest() == plain.digest()
+    assert (static.work.asked, static.work.computed) == (plain.work.asked, plain.work.computed)
+    assert static.work.padding >= plain.work.padding  # buckets
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", PROMPT)
+def test_static_pass(model_folder, name, kind):
+    static, examples = engine_for(model_folder(name), name, KINDS[kind])
+    plain, _ = engine_for(model_folder(name), name, KINDS[kind])
+    assert_same_trajectory(as_on_gpu(static), plain, examples)
+    assert isinstance(static._weights(TwoPoint(0, 0.1).probes(0)), Copies) == (kind == "dense")
+
+
+def test_more_probes_than_copies(model_folder, monkeypatch):
+    """Copies of as many probes as the memory holds, one group after the other."""
+    static, examples = engine_for(model_folder("bert"), "bert", {})
+    plain, _ = engine_for(model_folder("bert"), "bert", {})
+    as_on_gpu(static)
+    monkeypatch.setattr("mezo.engines.torch.engine._COPY_BYTES", 4 * 4 * static.space.num_parameters())
+    assert list(map(len, static._together(TwoPoint(7, 0.05, 3).probes(0)))) == [4, 2]
+    assert_same_trajectory(static, plain, examples, num_queries=3)
+
+
+def test_copies_within_memory(model_folder):
+    engine, _ = engine_for(model_folder("opt"), "opt", {})
+    two = 8 * engine.space.num_parameters()
+    assert engine._copies_within(two - 1) is None
+    assert engine._copies_within(two) is not None
+    assert engine._copies is None  # on a CPU memory is read as fast as z is drawn
+
+
+@pytest.mark.parametrize(("rows", "bucket"), [(1, 1), (7, 7), (9, 10), (17, 20), (33, 40), (64, 64), (65, 80)])
+def test_buckets(rows, bucket):
+    assert Shape.of(2, rows, 17, 0, rows) == (2, bucket, 24, 0, -(-rows // 32) * 32)
+
+
+def test_large_passes_are_not_captured(model_folder, monkeypatch):
+    static, examples = engine_for(model_folder("opt"), "opt", {})
+    monkeypatch.setattr("mezo.engines.torch.engine._STATIC_FLOPS", 1.0)
+    as_on_gpu(static)
+    for step in range(2):
+        static.losses(examples[:2], TwoPoint(7, 0.05).probes(step))
+    assert not static._graphs._kept
+    assert torch.isfinite(static.losses(examples[:2], TwoPoint(7, 0.05).probes(2))).all()
