@@ -3,14 +3,16 @@
     python benchmarks/gpu_check.py [--output FILE.csv]
 
 z, probes in scratch and updates must be bit-equal to the CPU's. Losses of a random BERT differ by the order of float32
-sums; a short run on the GPU must replay to the same bits from its journal.
+sums, captured passes from plain ones too; a short run on the GPU must replay to the same bits from its journal.
 """
 
 import argparse
 import csv
+import functools
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -93,15 +95,16 @@ def engine_on(device: str, dtype: torch.dtype = torch.float32, low_rank: tuple[i
     with torch.random.fork_rng():
         torch.manual_seed(0)
         config = BertConfig(
-            hidden_size=128, num_hidden_layers=3, num_attention_heads=4, intermediate_size=512, num_labels=3
-        )
+            hidden_size=128, num_hidden_layers=3, num_attention_heads=4, intermediate_size=512, num_labels=3,
+            vocab_size=3000,
+        )  # fmt: skip
         model = BertForSequenceClassification(config)
     return TorchEngine(model.eval().to(device, dtype), NoTokenizer(), low_rank=low_rank)
 
 
 def examples() -> list[Example]:
     lengths = [5 + 3 * i for i in range(16)]
-    ids = [torch.randint(1, 30_000, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in lengths]
+    ids = [torch.randint(1, 3000, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in lengths]
     targets = tuple(Target(0, k, k) for k in range(3))
     return [Example((TokenSequence(tuple(row), targets),), label=i % 3) for i, row in enumerate(ids)]
 
@@ -113,6 +116,23 @@ def losses_close(low_rank: tuple[int, int] | None = None) -> bool:
     return bool((on_gpu - on_cpu).abs().max() < 1e-5)
 
 
+def graphs_close(low_rank: tuple[int, int] | None = None) -> bool:
+    """Passes that are captured and replayed against plain ones, in a short run over batches of three sizes."""
+    graphs, plain = (engine_on("cuda", low_rank=low_rank) for _ in range(2))
+    plain._graphs = plain._copies = None
+    rows = examples()
+    for step in range(12):
+        probes, batch = TwoPoint(0, 1e-3).probes(step), rows[: (16, 9, 4)[step % 3]]
+        losses = [engine.losses(batch, probes) for engine in (graphs, plain)]
+        if (losses[0] - losses[1]).abs().max() > 1e-5:
+            return False
+        for engine in (graphs, plain):
+            engine.update([Record(step, probes[0].seed, 0.0, 0.0, 0.5, 1e-3, 1, len(batch))])
+    assert graphs._graphs is not None
+    captured = sum(kept.graph is not None for kept in graphs._graphs._kept.values())
+    return captured > 0 and graphs.digest() == plain.digest()
+
+
 def weights_untouched(dtype: torch.dtype) -> bool:
     engine = engine_on("cuda", dtype)
     before = engine.digest()
@@ -122,7 +142,7 @@ def weights_untouched(dtype: torch.dtype) -> bool:
 
 def replays(dtype: torch.dtype, low_rank: tuple[int, int] | None = None) -> bool:
     engine, estimator, records = engine_on("cuda", dtype, low_rank), TwoPoint(0, 1e-3), []
-    for step in range(20):
+    for step in range(8):
         probes = estimator.probes(step)
         losses = [batch_loss(examples(), losses_N) for losses_N in engine.losses(examples(), probes)]
         records.append(Record(step, *estimator.outcomes(probes, losses)[0], 1e-4, 1, 16))
@@ -136,43 +156,63 @@ def replays(dtype: torch.dtype, low_rank: tuple[int, int] | None = None) -> bool
     return True
 
 
-def bandwidth() -> float:
-    """GB/s read and written by one pass of base + scale·z over 2 GiB of float32, median of 10."""
-    base = torch.zeros(1 << 29, device="cuda")
+def bandwidth(dtype: torch.dtype, *, copy: bool = False) -> float:
+    """GB/s read and written by one update of 2 GiB of weights, or by a copy of them; median of 10."""
+    weights = torch.zeros((2 << 30) // dtype.itemsize, dtype=dtype, device="cuda").view(-1, 4096)
+    space = ParameterSpace({"w": weights})
+    other = torch.empty_like(weights) if copy else None
     times = []
-    for _ in range(12):
+    for step in range(12):
         torch.cuda.synchronize()
         start = time.perf_counter()
-        philox.add_normals(base, 1e-3, 5, STREAM, 0, out_N=base)
+        if other is not None:
+            other.copy_(weights)
+        else:
+            space.update([Record(step, philox.derive_seed(1, step), 0.0, 0.0, 0.7, 1e-5, 1, 1)], 0.0)
         torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
-    return 2 * base.numel() * 4 / sorted(times)[6] / 1e9
+    return 2 * weights.numel() * dtype.itemsize / sorted(times)[6] / 1e9
+
+
+PER_TYPE: dict[str, Callable[[torch.dtype], bool]] = {
+    "probes equal": probes_equal,
+    "both signs from one draw equal": both_signs_equal,
+    "updates equal": updates_equal,
+    "weights untouched": weights_untouched,
+    "replay equal on GPU and CPU": replays,
+}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", default=str(Path(tempfile.gettempdir()) / "gpu_check.csv"))
     path = Path(parser.parse_args().output)
-    low = (torch.float32, torch.bfloat16, torch.float16)
-    results: dict[str, object] = {"words equal": words_equal(), "normals equal": normals_equal()}
-    for dtype in low:
-        results[f"probes equal, {dtype}"] = probes_equal(dtype)
-        results[f"both signs from one draw equal, {dtype}"] = both_signs_equal(dtype)
-        results[f"updates equal, {dtype}"] = updates_equal(dtype)
-        results[f"weights untouched, {dtype}"] = weights_untouched(dtype)
-        results[f"replay equal on GPU and CPU, {dtype}"] = replays(dtype)
-        results[f"low rank: replay equal on GPU and CPU, {dtype}"] = replays(dtype, (2, 6))
-    results["128 tensors in one launch equal"] = segments_equal()
-    results["losses within 1e-5"] = losses_close()
-    results["low rank: losses within 1e-5"] = losses_close((2, 6))
-    results["base + scale z, GB/s"] = f"{bandwidth():.0f}"
+    checks: dict[str, Callable[[], object]] = {"words equal": words_equal, "normals equal": normals_equal}
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for what, check in PER_TYPE.items():
+            checks[f"{what}, {dtype}"] = functools.partial(check, dtype)
+        checks[f"low rank: replay equal on GPU and CPU, {dtype}"] = functools.partial(replays, dtype, (2, 6))
+        checks[f"update, GB/s, {dtype}"] = lambda dtype=dtype: f"{bandwidth(dtype):.0f}"  # type: ignore[misc]
+    checks |= {
+        "128 tensors in one launch equal": segments_equal,
+        "losses within 1e-5": losses_close,
+        "low rank: losses within 1e-5": lambda: losses_close((2, 6)),
+        "captured passes within 1e-5": graphs_close,
+        "low rank: captured passes within 1e-5": lambda: graphs_close((2, 6)),
+        "copy, GB/s": lambda: f"{bandwidth(torch.float32, copy=True):.0f}",
+    }
+    results: dict[str, object] = {}
+    for name, run in checks.items():
+        started = time.perf_counter()
+        results[name] = run()
+        shown = {True: "PASS", False: "FAIL"}.get(results[name], results[name])  # type: ignore[call-overload]
+        print(f"{name:60} {shown}   {time.perf_counter() - started:.1f} s", flush=True)
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["check", "result", *provenance()])
         for name, result in results.items():
             shown = {True: "PASS", False: "FAIL"}.get(result, result) if isinstance(result, bool) else result
             writer.writerow([name, shown, *provenance().values()])
-            print(f"{name:60} {shown}")
     return int(False in results.values())
 
 

@@ -1,12 +1,13 @@
 """What reuse of keys and values saves: a training step with it against the same step without.
 
-    python benchmarks/gpu_kv_reuse.py sglang|torch [--shape NAME] [--repeats 10] [--output FILE.csv]
+    python benchmarks/gpu_kv_reuse.py sglang|torch [--shape NAME] [--repeats 10] [--random_weights] [--output FILE.csv]
 
-sglang: Llama-8B shape with SGLang's dummy weights. torch: OPT-1.3B shape with random bfloat16 weights. A step is the
-command with scalars, both signs, the losses and the update. Without reuse every token of every row is computed under
-both signs; that is timed as an ordinary LoRA step, because a LoRA that is activated late costs as much and one request
-more. Steps with reuse are those of a second epoch: an activated LoRA's prompts have been computed before.
-loss_difference is the largest difference of a row's loss with reuse and without, under the same probes.
+sglang: Llama-8B shape with SGLang's dummy weights, which make all losses the same; with `--random_weights` a checkpoint
+of normal ones is written and loaded, which is what loss_difference needs. torch: OPT-1.3B shape with random bfloat16
+weights. A step is the command with scalars, both signs, the losses and the update. Without reuse every token of every
+row is computed under both signs; that is timed as an ordinary LoRA step, because a LoRA that is activated late costs as
+much and one request more. Steps with reuse are those of a second epoch: an activated LoRA's prompts have been computed
+before. loss_difference is the largest difference of a row's loss with reuse and without, under the same probes.
 """
 
 import argparse
@@ -113,17 +114,35 @@ def measure(
     return rows
 
 
-def on_sglang(shape: str, repeats: int) -> list[dict[str, str]]:
+def make_weights(folder: str) -> None:
+    """Random bfloat16 weights beside the folder's configuration."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with device:
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    del model
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def on_sglang(shape: str, repeats: int, random_weights: bool) -> list[dict[str, str]]:
     from mezo.engines.sglang.build import adapter_on_meta, engine_arguments
     from mezo.engines.sglang.client import Colocated
     from mezo.engines.sglang.engine import SGLangEngine
 
+    folder = make_folder(shape)
+    if random_weights:
+        make_weights(folder)
     config = MeZOConfig(
-        model_name_or_path=make_folder(shape), use_peft=True, engine="sglang", lora_variant="alora",
+        model_name_or_path=folder, use_peft=True, engine="sglang", lora_variant="alora",
         alora_invocation_tokens=INVOCATION,
     )  # fmt: skip
     adapter = adapter_on_meta(config)
-    more: dict[str, object] = {"load_format": "dummy", "skip_tokenizer_init": True}
+    more: dict[str, object] = {"skip_tokenizer_init": True}
+    if not random_weights:
+        more["load_format"] = "dummy"
     if torch.cuda.is_available():
         more |= {"attention_backend": "triton", "sampling_backend": "pytorch", "grammar_backend": "none"}
     else:
@@ -140,7 +159,7 @@ def on_sglang(shape: str, repeats: int) -> list[dict[str, str]]:
         engine.close()
 
 
-def on_torch(shape: str, repeats: int) -> list[dict[str, str]]:
+def on_torch(shape: str, repeats: int, random_weights: bool) -> list[dict[str, str]]:
     from transformers import OPTConfig, OPTForCausalLM
 
     from mezo.adapter import add_adapter
@@ -169,11 +188,13 @@ def main() -> None:
     parser.add_argument("engine", choices=["sglang", "torch"])
     parser.add_argument("--shape")
     parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--random_weights", action="store_true")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     shape = options.shape or {"sglang": "llama-8b", "torch": "opt-1.3b"}[options.engine]
-    rows = {"sglang": on_sglang, "torch": on_torch}[options.engine](shape, options.repeats)
-    facts = {"engine": options.engine, "model": shape, **provenance()}
+    rows = {"sglang": on_sglang, "torch": on_torch}[options.engine](shape, options.repeats, options.random_weights)
+    weights = "random" if options.random_weights or options.engine == "torch" else "dummy"
+    facts = {"engine": options.engine, "model": shape, "weights": weights, **provenance()}
     for row in rows:
         figures = f"{row['median']:>8} ms {row['faster']:>6} x {row['reused_percent']:>6} % {row['loss_difference']:>8}"
         print(f"{row['setting']:<46}{row['reuse']:>4}{figures}")

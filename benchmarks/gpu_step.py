@@ -1,6 +1,6 @@
 """The torch engine's step against two plain forward passes and the original algorithm, over shapes, rows and tokens.
 
-    python benchmarks/gpu_step.py [--shapes opt-13b opt-1.3b …] [--repeats 8] [--output FILE.csv]
+    python benchmarks/gpu_step.py [--shapes opt-13b opt-1.3b …] [--methods dense …] [--repeats 8] [--output FILE.csv]
 
 Random bfloat16 weights of real shapes (float32 on a CPU); every model, method and size in one process, one `mezo.bench`
 each. Nothing is read from a hub.
@@ -59,14 +59,16 @@ def make_folder(shape: str, parent: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["opt-13b", "llama-8b", "opt-1.3b", "opt-125m"])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--repeats", type=int, default=8)
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
+    methods = {name: METHODS[name] for name in arguments.methods}
     rows = []
     with tempfile.TemporaryDirectory() as parent:
         for shape in arguments.shapes:
             folder = make_folder(shape, parent)
-            for (method, values), (count, tokens) in ((m, s) for m in METHODS.items() for s in SIZES):
+            for (method, values), (count, tokens) in ((m, s) for m in methods.items() for s in SIZES):
                 options = BenchOptions(
                     model_name_or_path=folder, random_weights=True, rows=count, tokens=tokens,
                     repeats=arguments.repeats, dtype="bfloat16" if torch.cuda.is_available() else "float32", **values,

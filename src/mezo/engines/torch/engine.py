@@ -184,6 +184,11 @@ class TorchEngine:
         """The model's tokenizer."""
         return self._tokenizer
 
+    @property
+    def graph_bytes(self) -> int:
+        """Memory that captured passes keep to themselves."""
+        return 0 if self._graphs is None else self._graphs.num_bytes
+
     @torch.no_grad()
     def losses(self, examples: Sequence[Example], probes: Sequence[Probe], loss: Loss = example_losses) -> Tensor:
         """See `Engine.losses`."""

@@ -169,6 +169,7 @@ class Graphs:
         """Gives all memory back."""
         self._memory = torch.empty(0)
         self._pool: Any = None
+        self.num_bytes = 0  # of the memory that they share
         self._kept: OrderedDict[Shape, _Pass] = OrderedDict()
 
     def inputs(self, shape: Shape, prefix: Tensor | None = None) -> StaticInputs:
@@ -215,10 +216,12 @@ class Graphs:
         with torch.cuda.stream(side):  # lazy initialisation must not be captured
             forward(kept.static)
         torch.cuda.current_stream().wait_stream(side)
+        before = torch.cuda.memory_reserved()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
             kept.output = forward(kept.static)
         self._pool, kept.graph = graph.pool(), graph
+        self.num_bytes += torch.cuda.memory_reserved() - before
 
 
 class _Pass:
