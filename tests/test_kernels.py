@@ -92,3 +92,31 @@ for name in start:
     assert not torch.equal(found.parameters[name], start[name])
 """
     )
+
+
+def test_low_rank_offset():
+    """Strided biases, columns of h that do not count, sizes that fill no program."""
+    interpreted("""
+from mezo.kernels import layers
+generator = torch.Generator().manual_seed(0)
+for probes, rows, out, rank, width in ((2, 33, 300, 2, 8), (1, 5, 7, 3, 3), (3, 64, 256, 1, 1)):
+    h = torch.randn(probes, rows, width, generator=generator)
+    left = torch.randn(probes, out, rank, generator=generator)
+    for bias in (None, torch.randn(probes, 2 * out, generator=generator)[:, ::2], torch.ones(out).expand(probes, out)):
+        expected = layers.low_rank_offset(h, left, bias)
+        assert (layers._offset_on_gpu(h, left, bias) - expected).abs().max() < 1e-5
+        short = layers._offset_on_gpu(h.bfloat16(), left, bias)
+        assert short.dtype == torch.bfloat16 and (short - expected).abs().max() < 0.1
+""")
+
+
+def test_layer_norm():
+    interpreted("""
+from mezo.kernels import layers
+generator = torch.Generator().manual_seed(0)
+for probes, rows, size in ((2, 3, 64), (1, 5, 100), (3, 1, 7)):
+    x = 3 + 2 * torch.randn(probes, rows, size, generator=generator)
+    weight, bias = torch.randn(2, probes, size, generator=generator)
+    for b in (None, bias, bias[:1].expand(probes, -1)):
+        assert (layers._norm_on_gpu(x, weight, b, 1e-5) - layers.layer_norm(x, weight, b, 1e-5)).abs().max() < 1e-5
+""")

@@ -177,18 +177,18 @@ def test_folds_far_below_the_rounding_step_add_up(dtype):
     assert float(followed @ drift / (drift @ drift)) == pytest.approx(1, abs=0.25)  # standard error 0.06
 
 
-def test_a_probe_in_half_precision_is_rounded_by_its_own_size(model_folder):
-    """What a window has collected does not swallow ε: B and U are multiplied apart."""
+def test_a_probe_in_half_precision_is_not_lost(model_folder):
+    """What a window has collected does not swallow ε: B + εU stays in float32."""
     config = {**options_for("llama", **LOW_RANK), "dtype": "bfloat16"}
     trainer = build_trainer(MeZOConfig(model_name_or_path=model_folder("llama"), seed=3, **config), SENTIMENT_ROWS[:6])
     engine = trainer.engine
     engine.update(numbers([(Probe(5, 0), 400.0)]))
     weights = engine._low_rank.probes([Probe(6, 1e-4), Probe(6, -1e-4)])
-    left_PRk, _ = weights._factors(next(p for p in engine.space.parameters.values() if p.ndim > 1))
-    b_Rr, u_Rr = left_PRk[0].float().split(2, dim=1)
-    assert b_Rr.abs().mean() > 1e4 * u_Rr.abs().mean()
-    assert torch.equal(left_PRk[0, :, 2:], -left_PRk[1, :, 2:])
-    assert (u_Rr / 1e-4).std() == pytest.approx(1, abs=0.2)
+    left_PRr, right_kC = weights._factors(next(p for p in engine.space.parameters.values() if p.ndim > 1))
+    assert (left_PRr.dtype, right_kC.dtype) == (torch.float32, torch.bfloat16)
+    plus_Rr, minus_Rr = left_PRr
+    assert plus_Rr.abs().mean() > 1e4 * (plus_Rr - minus_Rr).abs().mean() / 2
+    assert ((plus_Rr - minus_Rr) / 2e-4).std() == pytest.approx(1, abs=0.2)
 
 
 def test_other_reads_of_a_matrix(model_folder):

@@ -216,6 +216,7 @@ class Graphs:
         with torch.cuda.stream(side):  # lazy initialisation must not be captured
             forward(kept.static)
         torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.empty_cache()
         before = torch.cuda.memory_reserved()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):

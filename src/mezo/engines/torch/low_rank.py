@@ -37,6 +37,7 @@ from mezo.engines.torch.optimizer import Optimizer
 from mezo.engines.torch.rounding import stochastic_round
 from mezo.engines.torch.space import CHUNK, ParameterSpace
 from mezo.estimator import Probe, Record
+from mezo.kernels.layers import low_rank_offset
 
 
 class LowRank:
@@ -217,20 +218,20 @@ class _Bases:
         for name in self.slices:
             basis_Rr = self[name]
             drawn_N = philox.normals(seed, philox.stream_id(self._purpose, name), starts, basis_Rr.numel())[0]
-            torch.div(drawn_N.view_as(basis_Rr), math.sqrt(self._rank), out=basis_Rr)
+            # Not a division, which a GPU replaces by this product: the bits are those of any device.
+            torch.mul(drawn_N.view_as(basis_Rr), 1 / math.sqrt(self._rank), out=basis_Rr)
 
 
 class LowRankProbes:
     """`mezo.engines.torch.perturbed.Weights` of low-rank directions.
 
-    What a pass reads is [B | scale · U] of each matrix under each probe and [V | V] / √r, in the matrix's type. B and U
-    stay apart, so that a short type rounds the perturbation by its own size and not by that of B.
+    L = B + scale · U of each matrix stays in float32: in a short type it would lose a U that is small against B.
     """
 
     def __init__(self, state: LowRank, probes: Sequence[Probe]):
         self._state = state
         self._flat_PN = state.buffers.write(probes)
-        self._lefts: dict[torch.dtype, Tensor] = {}
+        self._left_PNr: Tensor | None = None
         self._rights: dict[torch.dtype, Tensor] = {}
         self._vectors: dict[torch.dtype, Tensor] = {}
         self.num_probes = len(probes)
@@ -242,49 +243,48 @@ class LowRankProbes:
 
     def linear(self, x_PNI: Tensor, weight: Tensor, bias_PO: Tensor | None, transposed: bool) -> Tensor:
         """See `Weights.linear`. W is read once for all probes."""
-        left_PRk, right_Ck = self._factors(weight)  # of the matrix as it lies, R rows and C columns
-        y_PNO = F.linear(x_PNI, weight.T if transposed else weight)
-        if self._state.keep != 1.0:
-            y_PNO *= self._state.keep
+        left_PRr, right_kC = self._factors(weight)  # of the matrix as it lies, R rows and C columns
         if transposed:
-            y_PNO.baddbmm_(torch.bmm(x_PNI, left_PRk), right_Ck.T.expand(self.num_probes, -1, -1))
+            h_PNk = torch.bmm(x_PNI, left_PRr.to(x_PNI.dtype))
+            offset_Cr = right_kC[: self._state.rank].T.float().expand(self.num_probes, -1, -1)
+            y_PNO = low_rank_offset(h_PNk, offset_Cr, bias_PO)
         else:
-            y_PNO.baddbmm_(x_PNI @ right_Ck, left_PRk.mT)
-        return y_PNO if bias_PO is None else y_PNO.add_(bias_PO[:, None])
+            y_PNO = low_rank_offset(F.linear(x_PNI, right_kC), left_PRr, bias_PO)
+        y_MO, x_MI = y_PNO.flatten(0, 1), x_PNI.flatten(0, 1)
+        y_MO.addmm_(x_MI, weight.detach() if transposed else weight.detach().T, alpha=self._state.keep)
+        return y_PNO
 
     def rows(self, ids_PN: Tensor, weight: Tensor) -> Tensor:
         """See `Weights.rows`."""
-        left_PRk, right_Ck = self._factors(weight)
-        left_PNk = left_PRk.gather(1, ids_PN[..., None].expand(-1, -1, left_PRk.shape[2]))
-        right_PkC = right_Ck.T.expand(self.num_probes, -1, -1)
-        return weight.detach()[ids_PN].baddbmm_(left_PNk, right_PkC, beta=self._state.keep)
+        left_PRr, right_kC = self._factors(weight)
+        left_PNr = left_PRr.gather(1, ids_PN[..., None].expand(-1, -1, self._state.rank)).to(weight.dtype)
+        right_PrC = right_kC[: self._state.rank].expand(self.num_probes, -1, -1)
+        return weight.detach()[ids_PN].baddbmm_(left_PNr, right_PrC, beta=self._state.keep)
 
     def whole(self, parameter: Tensor) -> Tensor:
         """See `Weights.whole`."""
         if parameter.ndim < 2:
             return self._vector(parameter)
-        left_PRk, right_Ck = self._factors(parameter)
+        left_PRr, right_kC = self._factors(parameter)
         flat_RC = parameter.detach().reshape(-1, parameter.shape[-1])
-        whole_PRC = flat_RC.float() * self._state.keep + (left_PRk @ right_Ck.T).float()
+        whole_PRC = flat_RC.float() * self._state.keep + left_PRr @ right_kC[: self._state.rank].float()
         return whole_PRC.to(parameter.dtype).view(self.num_probes, *parameter.shape)
 
     def _factors(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """[B | scale · U] under each probe [P, R, k] and [V | V] / √r [C, k]."""
+        """L under each probe, float32 [P, R, r], and Vᵀ / √r in the weight's type [k, C]; rows from r on are 0."""
         name, dtype = self._read(weight), weight.dtype
         if dtype not in self._rights:
-            self._lefts[dtype] = self._all_lefts().to(torch.float32 if self._state.subspace else dtype)
-            v_Nr = self._state.right.flat_Nr.to(dtype)
-            self._rights[dtype] = torch.cat((v_Nr, v_Nr), dim=1)
-        left_PRk = self._lefts[dtype][:, self._state.left_rows[name]]
+            v_Nr = self._state.right.flat_Nr
+            rows = self._state.rank if v_Nr.device.type == "cpu" else -(-self._state.rank // 8) * 8  # tensor cores
+            self._rights[dtype] = F.pad(v_Nr.T.to(dtype), (0, 0, 0, rows - self._state.rank))
+        if self._left_PNr is None:
+            size = (self.num_probes, -1, self._state.rank)
+            count = self._state.num_left
+            self._left_PNr = (self._state.flat_N[:count] + self._flat_PN[:, :count]).view(size)
+        left_PRr = self._left_PNr[:, self._state.left_rows[name]]
         if self._state.subspace:
-            left_PRk = (self._state.left[name] @ left_PRk).to(dtype)
-        return left_PRk, self._rights[dtype][self._state.right.slices[name]]
-
-    def _all_lefts(self) -> Tensor:
-        """[B | scale · U] or, in a subspace, their cores, of all matrices, one after the other: float32 [P, N, k]."""
-        size = (self.num_probes, self._state.num_left // self._state.rank, self._state.rank)
-        b_PNr = self._state.flat_N[: self._state.num_left].view(size[1:]).expand(size)
-        return torch.cat((b_PNr, self._flat_PN[:, : self._state.num_left].unflatten(1, size[1:])), dim=2)
+            left_PRr = self._state.left[name] @ left_PRr
+        return left_PRr, self._rights[dtype][:, self._state.right.slices[name]]
 
     def _vector(self, parameter: Tensor) -> Tensor:
         name, dtype = self._read(parameter), parameter.dtype

@@ -57,8 +57,9 @@ class Adam:
         second = state[f"{name}.v"] = _mean(state.get(f"{name}.v"), gradient * gradient, self._beta2)
         count = state[f"{name}.t"] = state.get(f"{name}.t", torch.zeros(1)) + 1
         steps = int(count)
-        root = (second / (1 - self._beta2**steps)).double().sqrt().float()
-        return first / (1 - self._beta1**steps) / (root + self._epsilon)
+        # Products with a number's inverse, by which a GPU replaces divisions: the bits are those of any device.
+        root = (second * (1 / (1 - self._beta2**steps))).double().sqrt().float()
+        return first * (1 / (1 - self._beta1**steps)) / (root + self._epsilon)
 
 
 def _mean(before: Tensor | None, value: Tensor, beta: float) -> Tensor:

@@ -25,11 +25,13 @@ from mezo import philox
 from mezo.engines.torch.buffer import ProbeBuffers
 from mezo.engines.torch.space import ParameterSpace, direction_rows
 from mezo.estimator import Probe
+from mezo.kernels.layers import layer_norm
 
 # Elements of a linear layer's weight that are formed at once. On a CPU 8 MiB of scratch for each probe; on a GPU
 # enough for one matrix product to fill it.
 _LINEAR_BLOCK = 1 << 21
-_LINEAR_BLOCK_GPU = 1 << 26
+_LINEAR_BLOCK_GPU = 1 << 27
+_ALIGNED = 64  # outputs of a block: tensor cores want addresses that are
 
 # Models whose every read of a parameter is one of the functions below, with rows in the first dimension: tested.
 BATCHED_MODELS = frozenset("llama mistral qwen2 qwen3 opt gpt2 bert roberta".split())
@@ -179,6 +181,11 @@ class PerturbedForward(TorchFunctionMode):
         """A norm rounds its result once, weight included, so each probe has its own call."""
         if not any(map(self.weights.trains, parameters)):
             return function(x, shape, *parameters, *more, **options)
+        if function is F.layer_norm and parameters[0] is not None and len(shape) == 1:
+            weight_PD, bias_PD = (None if p is None else self._under_probes(p) for p in parameters)
+            assert weight_PD is not None
+            eps = more[0] if more else options.get("eps", 1e-5)
+            return layer_norm(self._by_probe(x), weight_PD, bias_PD, eps).view(x.shape)
         under = [None if p is None else self._under_probes(p) for p in parameters]
         parts = [
             function(x_ND, shape, *(None if p is None else p[i] for p in under), *more, **options)
@@ -228,18 +235,18 @@ class Dense:
             assert bias_PO is not None
             return torch.stack([torch.addmm(*arguments) for arguments in zip(bias_PO, x_PNI, weights_PIO, strict=True)])
         num_out, num_in = weight.shape
-        rows = min(num_out, max(1, (_LINEAR_BLOCK_GPU if weight.is_cuda else _LINEAR_BLOCK) // num_in))
-        blocks = []
+        block = _LINEAR_BLOCK_GPU if weight.is_cuda else _LINEAR_BLOCK
+        rows = max(_ALIGNED, block // num_in // _ALIGNED * _ALIGNED)
+        y_PNO = x_PNI.new_empty(*x_PNI.shape[:2], num_out)
         for first in range(0, num_out, rows):
             stop = min(num_out, first + rows)
-            formed_P = self._formed(weight, first * num_in, stop * num_in)
-            biases = [None] * self.num_probes if bias_PO is None else [b_O[first:stop] for b_O in bias_PO]
-            parts = [
-                F.linear(x_NI, formed_N.view(-1, num_in), bias)
-                for x_NI, formed_N, bias in zip(x_PNI, formed_P, biases, strict=True)
-            ]
-            blocks.append(parts[0][None] if len(parts) == 1 else torch.stack(parts))
-        return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=-1)
+            for p, formed_N in enumerate(self._formed(weight, first * num_in, stop * num_in)):
+                weight_IO, out_NO = formed_N.view(-1, num_in).T, y_PNO[p, :, first:stop]
+                if bias_PO is None:
+                    torch.mm(x_PNI[p], weight_IO, out=out_NO)
+                else:
+                    torch.addmm(bias_PO[p, first:stop], x_PNI[p], weight_IO, out=out_NO)
+        return y_PNO
 
     def rows(self, ids_PN: Tensor, weight: Tensor) -> Tensor:
         """See `Weights.rows`. Only the rows that are gathered are perturbed."""
