@@ -58,8 +58,8 @@ for width, start, dtype in cases:
 
 def test_add_normals_many():
     interpreted("""
-gpu.PIECE = 2048
-bases = [base(width, torch.float32) for width in (5, 1024, 4100)]
+gpu.PIECE, gpu.REPEAT = 4096, 2
+bases = [base(width, torch.float32) for width in (5, 1024, 9100)]
 outs = [torch.empty_like(b) for b in bases]
 streams = [STREAM, 1, 2**63]
 gpu.add_normals_many(gpu.segment_table(bases, outs, streams), -0.5, SEED)
@@ -77,8 +77,8 @@ def test_update_many(dtype):
         + """
 from mezo.engines.torch.space import ParameterSpace
 from mezo.estimator import Record
-gpu.PIECE = 2048
-start = {"v": base(5, dtype), "w": base(3000, dtype).view(3, 1000), "x": base(2050, dtype).view(1, 2050) * 1e-6}
+gpu.PIECE, gpu.REPEAT = 4096, 2
+start = {"v": base(5, dtype), "w": base(3000, dtype).view(3, 1000), "x": base(5050, dtype).view(1, 5050) * 1e-6}
 start["w"][0, :3] = torch.tensor([float("inf"), -float("inf"), float("nan")])
 records = [Record(0, seed, 0.0, 0.0, c, 1e-3, 1, 1) for seed, c in ((SEED, 0.7), (2**64 - 3, -0.2))]
 found, expected = (ParameterSpace({k: t.clone() for k, t in start.items()}, widths={"x": 1e-4}) for _ in range(2))

@@ -3,7 +3,7 @@
 Side by side in one process, on the same random rows: two plain forward passes, a step of mezo, and a step of the
 original algorithm as the paper writes it (arXiv 2305.17333, algorithm 1: the weights are moved by +ε, −2ε and +ε in
 place and then updated, z drawn again each time from a reseeded generator). All compute logits only where the loss
-reads them.
+reads them. On a GPU also two forward passes as CUDA graphs, as a step of mezo has them on short batches.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
 from mezo.api import trainable_engine
@@ -30,7 +32,7 @@ from mezo.engines.torch.loading import (
     load_tokenizer,
 )
 from mezo.errors import UserError
-from mezo.estimator import Record, TwoPoint
+from mezo.estimator import UNPERTURBED, Record, TwoPoint
 from mezo.objective import Example, Target, TokenSequence, batch_loss, example_losses
 
 _EPSILON, _LEARNING_RATE = 1e-3, 1e-9
@@ -119,11 +121,14 @@ def run(options: BenchOptions) -> list[Measurement]:
         raise UserError("bench needs at least 1 row of 2 tokens and 2 repeats")
     engine = make_bench_engine(options)
     examples = make_examples(options, engine)
+    bare = TorchEngine(engine._transformer, engine.tokenizer)  # no low-rank part, no copies
     methods: dict[str, tuple[Callable[[int], object], float]] = {
-        "two plain forwards": (lambda _: (_plain_loss(engine, examples), _plain_loss(engine, examples)), 2.0),
+        "two plain forwards": (lambda _: two_forwards(engine, bare, examples), 2.0),
         "a step of mezo": (lambda step: mezo_step(engine, examples, step), _passes(options)),
         "original algorithm": (lambda step: original_step(engine, examples, step), 2.0 + 8.0 * (not options.use_peft)),
     }
+    if engine.model.device.type == "cuda":
+        methods["two forwards, captured"] = (lambda _: two_forwards(engine, bare, examples, captured=True), 2.0)
     weight_bytes = sum(p.numel() * p.element_size() for p in engine.model.parameters())
     copies = copy_bandwidth(engine.model.device)
     times: dict[str, list[float]] = {name: [] for name in methods}
@@ -176,6 +181,19 @@ def make_examples(options: BenchOptions, engine: TorchEngine) -> list[Example]:
     return [Example((TokenSequence(tuple(row), (Target(position, row[-1], 0),)),)) for row in ids]
 
 
+def two_forwards(
+    engine: TorchEngine, bare: TorchEngine, examples: Sequence[Example], *, captured: bool = False
+) -> None:
+    """The bare model twice, without an adapter; kernel by kernel, or as a CUDA graph where the engine would."""
+    adapter = engine.model.disable_adapter() if isinstance(engine.model, PeftModel) else nullcontext()
+    with adapter:
+        for _ in range(2):
+            if captured:
+                batch_loss(examples, bare.losses(examples, [UNPERTURBED])[0])
+            else:
+                _plain_loss(bare, examples)
+
+
 def mezo_step(engine: TorchEngine, examples: Sequence[Example], step: int) -> None:
     """Probes, losses, coefficient and update, as in training."""
     estimator = TwoPoint(seed=0, epsilon=_EPSILON)
@@ -188,6 +206,7 @@ def mezo_step(engine: TorchEngine, examples: Sequence[Example], step: int) -> No
 @torch.no_grad()
 def original_step(engine: TorchEngine, examples: Sequence[Example], step: int) -> None:
     """Algorithm 1 of the paper, in place."""
+    plain = engine if engine._lora is not None else TorchEngine(engine.model, engine.tokenizer)
 
     def move(scale: float) -> None:
         torch.manual_seed(step)
@@ -195,13 +214,12 @@ def original_step(engine: TorchEngine, examples: Sequence[Example], step: int) -
             p.add_(torch.normal(mean=0, std=1, size=p.shape, dtype=p.dtype, device=p.device), alpha=scale)
 
     move(_EPSILON)
-    loss_plus = _plain_loss(engine, examples)
+    loss_plus = _plain_loss(plain, examples)
     move(-2 * _EPSILON)
-    loss_minus = _plain_loss(engine, examples)
+    loss_minus = _plain_loss(plain, examples)
     move(_EPSILON)
     move(-_LEARNING_RATE * (loss_plus - loss_minus) / (2 * _EPSILON))
-    if engine._lora is not None:
-        engine._lora.changed()
+    engine._changed()
 
 
 def _plain_loss(engine: TorchEngine, examples: Sequence[Example]) -> float:

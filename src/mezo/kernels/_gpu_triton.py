@@ -11,10 +11,9 @@ def _philox(block, k0, k1, c2, c3):
     c0 = block.to(tl.uint32)
     c1 = (block >> 32).to(tl.uint32)
     for _ in tl.static_range(10):
-        high0, low0 = tl.umulhi(c0, 0xD2511F53), c0 * 0xD2511F53
-        high1, low1 = tl.umulhi(c2, 0xCD9E8D57), c2 * 0xCD9E8D57
-        c0, c1 = high1 ^ c1 ^ k0, low1
-        c2, c3 = high0 ^ c3 ^ k1, low0
+        product0, product1 = c0.to(tl.uint64) * 0xD2511F53, c2.to(tl.uint64) * 0xCD9E8D57  # one instruction each
+        c0, c1 = (product1 >> 32).to(tl.uint32) ^ c1 ^ k0, product1.to(tl.uint32)
+        c2, c3 = (product0 >> 32).to(tl.uint32) ^ c3 ^ k1, product0.to(tl.uint32)
         k0 += 0x9E3779B9
         k1 += 0xBB67AE85
     return c0, c1, c2, c3
@@ -98,25 +97,24 @@ def add_normals_both(plus_ptr, minus_ptr, base_ptr, start_ptr, width, scale, k0,
 
 
 @triton.jit
-def _piece_normals(row, piece, k0, k1, BLOCKS: tl.constexpr):
-    """z of one program's part of a piece of a table, and its element's indices in the piece."""
-    stream, start = tl.load(row + 3), tl.load(row + 4)
-    block = start // 4 + piece * BLOCKS + tl.arange(0, BLOCKS)
-    return _normals(block, k0, k1, stream.to(tl.uint32), (stream >> 32).to(tl.uint32), BLOCKS)
+def _piece_normals(stream, start, block, k0, k1, BLOCKS: tl.constexpr):
+    """z of the blocks from `block` on of a piece that begins at element `start`."""
+    blocks = start // 4 + block + tl.arange(0, BLOCKS)
+    return _normals(blocks, k0, k1, stream.to(tl.uint32), (stream >> 32).to(tl.uint32), BLOCKS)
 
 
 @triton.jit(do_not_specialize=["scale", "k0", "k1"])
-def add_normals_many(table_ptr, scale, k0, k1, PARTS: tl.constexpr, BLOCKS: tl.constexpr):
+def add_normals_many(table_ptr, scale, k0, k1, PARTS: tl.constexpr, REPEAT: tl.constexpr, BLOCKS: tl.constexpr):
     """out[i] = base[i] + scale * z(start + i), float32, for each piece (base, out, size, stream, start) of a table."""
     row = table_ptr + (tl.program_id(0) // PARTS).to(tl.int64) * 7
-    size = tl.load(row + 2)
-    part = tl.program_id(0) % PARTS
-    i = part * 4 * BLOCKS + tl.arange(0, 4 * BLOCKS)
-    if part * 4 * BLOCKS < size:
-        base_ptr = tl.load(row).to(tl.pointer_type(tl.float32))
-        out_ptr = tl.load(row + 1).to(tl.pointer_type(tl.float32))
-        z = _piece_normals(row, part, k0, k1, BLOCKS)
-        value = tl.load(base_ptr + i, mask=i < size) + tl.cast(scale, tl.float32) * z
+    base_ptr = tl.load(row).to(tl.pointer_type(tl.float32))
+    out_ptr = tl.load(row + 1).to(tl.pointer_type(tl.float32))
+    size, stream, start = tl.load(row + 2).to(tl.int32), tl.load(row + 3), tl.load(row + 4)
+    first = (tl.program_id(0) % PARTS) * REPEAT * BLOCKS
+    for block in range(first, min(first + REPEAT * BLOCKS, (size + 3) // 4), BLOCKS):
+        i = block * 4 + tl.arange(0, 4 * BLOCKS)
+        base = tl.load(base_ptr + i, mask=i < size)
+        value = base + tl.cast(scale, tl.float32) * _piece_normals(stream, start, block, k0, k1, BLOCKS)
         tl.store(out_ptr + i, value, mask=i < size)
 
 
@@ -151,7 +149,7 @@ def _stochastic_round(x, bits, IS_BFLOAT16: tl.constexpr):
 @triton.jit(do_not_specialize=["num_records", "keep", "k0", "k1"])
 def update_many(
     table_ptr, seeds_ptr, factors_ptr, num_records, keep, k0, k1,
-    IS_BFLOAT16: tl.constexpr, PARTS: tl.constexpr, BLOCKS: tl.constexpr,
+    IS_BFLOAT16: tl.constexpr, PARTS: tl.constexpr, REPEAT: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """w[i] = round(keep · w[i] + Σ factor · z(start + i)) in place, for each piece of a table.
 
@@ -159,20 +157,20 @@ def update_many(
     for each record and `factors` one factor for each record and tensor.
     """
     row = table_ptr + (tl.program_id(0) // PARTS).to(tl.int64) * 7
-    size = tl.load(row + 2)
-    part = tl.program_id(0) % PARTS
-    i = part * 4 * BLOCKS + tl.arange(0, 4 * BLOCKS)
-    if part * 4 * BLOCKS < size:
-        weight_ptr = tl.load(row).to(tl.pointer_type(tl.bfloat16 if IS_BFLOAT16 else tl.float16))
+    weight_ptr = tl.load(row).to(tl.pointer_type(tl.bfloat16 if IS_BFLOAT16 else tl.float16))
+    decays, size = tl.load(row + 1), tl.load(row + 2).to(tl.int32)
+    stream, start, rounding = tl.load(row + 3), tl.load(row + 4), tl.load(row + 5)
+    factor_ptr = factors_ptr + tl.load(row + 6) * num_records
+    first = (tl.program_id(0) % PARTS) * REPEAT * BLOCKS
+    for block in range(first, min(first + REPEAT * BLOCKS, (size + 3) // 4), BLOCKS):
+        i = block * 4 + tl.arange(0, 4 * BLOCKS)
         value = tl.load(weight_ptr + i, mask=i < size).to(tl.float32)
-        value = tl.where(tl.load(row + 1) != 0, value * tl.cast(keep, tl.float32), value)
-        factor_ptr = factors_ptr + tl.load(row + 6) * num_records
+        value = tl.where(decays != 0, value * tl.cast(keep, tl.float32), value)
         for record in range(num_records):
             seed = tl.load(seeds_ptr + record)
-            z = _piece_normals(row, part, seed.to(tl.uint32), (seed >> 32).to(tl.uint32), BLOCKS)
+            z = _piece_normals(stream, start, block, seed.to(tl.uint32), (seed >> 32).to(tl.uint32), BLOCKS)
             value = value + tl.load(factor_ptr + record) * z
-        block = tl.load(row + 4) // 8 + part * (BLOCKS // 2) + tl.arange(0, BLOCKS // 2)
-        stream = tl.load(row + 5)
-        bits = _rounding_bits(block, k0, k1, stream.to(tl.uint32), (stream >> 32).to(tl.uint32), BLOCKS // 2)
+        pairs = start // 8 + block // 2 + tl.arange(0, BLOCKS // 2)
+        bits = _rounding_bits(pairs, k0, k1, rounding.to(tl.uint32), (rounding >> 32).to(tl.uint32), BLOCKS // 2)
         value = _stochastic_round(value, bits, IS_BFLOAT16)
         tl.store(weight_ptr + i, value.to(weight_ptr.dtype.element_ty), mask=i < size)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 _BLOCKS_PER_PROGRAM = 256
+REPEAT = 8  # times that a program which reads a table does so
 PIECE = 1 << 16  # elements of a tensor that one row of a table covers; a multiple of what a program covers
 
 
@@ -102,9 +103,9 @@ def weight_table(
 def add_normals_many(table: Tensor, scale: float, seed: int) -> None:
     """`out = base + scale · z` for all float32 tensors of a `segment_table` in one launch."""
     with torch.cuda.device(table.device):
-        parts = PIECE // (4 * _BLOCKS_PER_PROGRAM)
+        parts = PIECE // (4 * _BLOCKS_PER_PROGRAM * REPEAT)
         _kernels().add_normals_many[(len(table) * parts,)](
-            table, scale, seed & 0xFFFFFFFF, seed >> 32, PARTS=parts, BLOCKS=_BLOCKS_PER_PROGRAM,
+            table, scale, seed & 0xFFFFFFFF, seed >> 32, PARTS=parts, REPEAT=REPEAT, BLOCKS=_BLOCKS_PER_PROGRAM,
             enable_fp_fusion=False,
         )  # fmt: skip
 
@@ -125,10 +126,10 @@ def update_many(
     factors_TN = torch.tensor(factors, dtype=torch.float32, device=table.device)
     key = (seeds[0] & 0xFFFFFFFF, seeds[0] >> 32)
     with torch.cuda.device(table.device):
-        parts = PIECE // (4 * _BLOCKS_PER_PROGRAM)
+        parts = PIECE // (4 * _BLOCKS_PER_PROGRAM * REPEAT)
         _kernels().update_many[(len(table) * parts,)](
             table, seeds_N, factors_TN, len(seeds), keep, *key, IS_BFLOAT16=dtype == torch.bfloat16,
-            PARTS=parts, BLOCKS=_BLOCKS_PER_PROGRAM, enable_fp_fusion=False,
+            PARTS=parts, REPEAT=REPEAT, BLOCKS=_BLOCKS_PER_PROGRAM, enable_fp_fusion=False,
         )  # fmt: skip
 
 

@@ -425,14 +425,15 @@ class TorchEngine:
 
     def _is_static(self, stage: Stage, probes: Sequence[Probe]) -> bool:
         """Whether launching the pass may cost more than running it, and it reads nothing that moves in memory."""
-        if self._graphs is None or not self._share or not self._checked_reads:
+        moved = any(probe.scale != 0.0 for probe in probes)
+        if self._graphs is None or not self._share or (moved and not self._checked_reads):
             return False
         if self._has_prefix or self._frozen is not None or self._transformer.config.is_encoder_decoder:
             return False
         if self._low_rank is not None:
             known = self._low_rank.keep == 1.0
         else:
-            known = self._lora is not None or isinstance(self._weights(probes), Copies)
+            known = self._lora is not None or not moved or self._copies is not None
         tokens = len(probes) * (stage.num_tokens + stage.num_padding)
         return known and tokens * self._pass_flops < _STATIC_FLOPS
 
