@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+import torch
 
 from mezo.bench import BenchOptions
 from mezo.cli import COMMANDS, commands, main, options
@@ -95,12 +97,16 @@ def command_lines(block: str) -> list[str]:
     return [line for line in re.sub(r"\\\n\s*", "", block).splitlines() if line.strip()]
 
 
-def run_shell(block: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Plain `mezo` commands in this process, where they start faster; whatever else a shell reads in a shell."""
+def run_shell(block: str, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plain `mezo` commands and examples in this process, where they start faster; what a shell has to read in one."""
     for line in command_lines(fewer_steps(block)):
         if line.startswith("mezo ") and not re.search(r"[$|<>&;*`]", line):
             finished = run_cli(capsys, *shlex.split(line, comments=True)[1:])
             assert finished.status == 0, f"{line}\n{finished.out}\n{finished.err}"
+        elif line.startswith("python examples/"):
+            with monkeypatch.context() as here, torch.random.fork_rng(), warnings.catch_warnings(action="ignore"):
+                here.setattr("sys.argv", shlex.split(line)[1:])
+                runpy.run_path(shlex.split(line)[1], run_name="__main__")
         else:
             run(["bash", "-euo", "pipefail", "-c", line], folder)
 
@@ -123,7 +129,7 @@ def test_what_a_page_shows_runs(page, folder, model_folder, monkeypatch, capsys)
     monkeypatch.chdir(folder)
     for language, text in blocks(page.read_text()):
         if language == "bash":
-            run_shell(text, folder, capsys)
+            run_shell(text, folder, capsys, monkeypatch)
         elif language == "console":
             with monkeypatch.context() as only_here:
                 parse_only(text, only_here)

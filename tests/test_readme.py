@@ -20,6 +20,7 @@ FEWER_STEPS = [
     (r"--max_train_samples \d+", "--max_train_samples 20"),
     (r"--max_eval_samples \d+", "--max_eval_samples 10"),
     (r"num_steps=[\d_]+", "num_steps=4"),
+    (r"--directions \d+", "--directions 12"),
 ]
 
 
