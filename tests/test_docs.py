@@ -143,6 +143,15 @@ def test_what_a_page_shows_runs(page, folder, model_folder, monkeypatch, capsys)
             assert load_task("shown.yaml").template
 
 
+@pytest.mark.parametrize("config", sorted((ROOT / "examples").glob("*/*.yaml")), ids=lambda config: config.name)
+def test_a_config_says_how_it_is_run(config, folder, monkeypatch):
+    """In its second line; the command is parsed with the config under it."""
+    monkeypatch.chdir(folder)
+    command = config.read_text().splitlines()[1].removeprefix("#   ").partition(" (")[0]
+    assert f"--config {config.relative_to(ROOT)} " in command
+    parse_only(command, monkeypatch)
+
+
 OPTIONS = {
     "help", "version", "config", "preset",
     *(f.name for f in dataclasses.fields(MeZOConfig)),
