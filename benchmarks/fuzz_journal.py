@@ -10,7 +10,9 @@ against a checksum that is computed here. Ends with status 1 and the input at th
 
 import argparse
 import collections
+import contextlib
 import json
+import os
 import random
 import re
 import struct
@@ -98,6 +100,8 @@ def crc(body: bytes, index: int) -> int:
 
 def check(path: str, data: bytes, truth: list[list[Record]] | None) -> str:
     """What became of one input; raises AssertionError where the reader is wrong."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)  # ext4 writes a file that is emptied and filled again to the disk at once, a new one later
     with open(path, "wb") as file:
         file.write(data)
     try:

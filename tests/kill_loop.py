@@ -1,7 +1,8 @@
 """Trains in child processes that are ended at random instants, until enough of them were; then lets one finish.
 
-Usage: python tests/kill_loop.py CONFIG.json NUM_KILLS SEED. Imports once and forks, so that a round costs no start-up.
-Signals take turns: SIGKILL, SIGTERM, SIGINT (Ctrl-C). Prints how many children were ended.
+Usage: python tests/kill_loop.py JOBS.json SEED, where jobs are pairs [config, number of kills]. Imports once and forks,
+so that a round costs no start-up. Signals take turns: SIGKILL, SIGTERM, SIGINT (Ctrl-C). Prints for each job how many
+children were ended.
 """
 
 import json
@@ -70,10 +71,12 @@ def run(options: dict[str, object], num_kills: int, generator: random.Random, lo
 
 def main() -> None:
     with open(sys.argv[1]) as file:
-        options = json.load(file)
+        jobs = json.load(file)
+    generator = random.Random(int(sys.argv[2]))
     torch.set_num_threads(1)  # as in the tests: the last bits of a forward pass depend on the number of threads
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a background job
-    print(run(options, int(sys.argv[2]), random.Random(int(sys.argv[3]))))
+    for options, num_kills in jobs:
+        print(run(options, num_kills, generator))
 
 
 if __name__ == "__main__":

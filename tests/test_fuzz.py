@@ -1,6 +1,7 @@
 """Whatever the bytes, rows or options are: rows and configs, or an error that a user can read, and nothing else."""
 
 import contextlib
+import functools
 import gzip
 import importlib.util
 import json
@@ -40,6 +41,7 @@ json_values = st.recursive(
 # --- the journal ------------------------------------------------------------------------------------------------------
 
 
+@functools.cache
 def fuzzer():
     spec = importlib.util.spec_from_file_location("fuzz_journal", FUZZER)
     module = importlib.util.module_from_spec(spec)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from mezo import mezo_finetune
 from tests.conftest import SENTIMENT_ROWS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -19,6 +20,7 @@ FEWER_STEPS = [
     (r"--max_train_samples \d+", "--max_train_samples 20"),
     (r"--max_eval_samples \d+", "--max_eval_samples 10"),
     (r"num_steps=[\d_]+", "num_steps=4"),
+    (r"--directions \d+", "--directions 12"),
 ]
 
 
@@ -63,9 +65,18 @@ def test_shell_blocks_run(block, folder):
     run(["bash", "-euo", "pipefail", "-c", text], folder)
 
 
-def test_python_block_runs(folder):
-    (text, _loading) = blocks("python")
-    run([sys.executable, "-W", "ignore", "-c", fewer_steps(text).replace("batch_size=64", "batch_size=8")], folder)
+def test_python_blocks_run(folder, monkeypatch):
+    (training, loading) = blocks("python")
+    run([sys.executable, "-W", "ignore", "-c", fewer_steps(training).replace("batch_size=64", "batch_size=8")], folder)
+    monkeypatch.chdir(folder)
+    base = "Qwen/Qwen2.5-0.5B"
+    options = {"template": "{text} it was", "label_words": {"0": "bad", "1": "good"}, "learning_rate": 1e-4,
+               "num_steps": 1, "batch_size": 4, "disable_tqdm": True}  # fmt: skip
+    mezo_finetune(base, SENTIMENT_ROWS[:8], output_dir="runs/qwen-sst2", **options)
+    mezo_finetune(base, SENTIMENT_ROWS[:8], lora_rank=8, output_dir="runs/lora", **options)
+    names = {"base": base}
+    exec(loading, names)
+    assert names["model"].active_adapters == ["default"]
 
 
 def test_the_tree_names_every_module():

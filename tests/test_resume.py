@@ -1,6 +1,7 @@
 """Straight run = replayed run = interrupted and resumed run, bit for bit."""
 
 import dataclasses
+import functools
 import json
 import subprocess
 import sys
@@ -82,26 +83,39 @@ def train(config):
     return build_trainer(config, SENTIMENT_ROWS[:100], SENTIMENT_ROWS[100:]).train()
 
 
+@pytest.fixture(scope="module")
+def straight_run(model_folder, tmp_path_factory):
+    """Folder and result of a BERT's uninterrupted run in a space, trained once."""
+
+    @functools.cache
+    def trained(space):
+        folder = tmp_path_factory.mktemp("straight") / space
+        return folder, train(make_config(model_folder("bert"), folder, space))
+
+    return trained
+
+
 class Killed(BaseException):
     """Stands for the end of the process at one instant."""
 
 
 @pytest.mark.parametrize("space", SPACES)
 @pytest.mark.parametrize("model", ["bert", "llama"])
-def test_replay_equals_training(model_folder, tmp_path, model, space):
-    train(make_config(model_folder(model), tmp_path / "run", space))
-    replay(tmp_path / "run" / "journal", tmp_path / "replayed")
-    assert_same_weights(tmp_path / "run", tmp_path / "replayed")
-    replay(tmp_path / "run", tmp_path / "ten", step=20)
-    assert_same_weights(tmp_path / "run" / "checkpoint-20", tmp_path / "ten")
+def test_replay_equals_training(straight_run, model_folder, tmp_path, model, space):
+    run = straight_run(space)[0] if model == "bert" else tmp_path / "run"
+    if model != "bert":
+        train(make_config(model_folder(model), run, space))
+    replay(run / "journal", tmp_path / "replayed")
+    assert_same_weights(run, tmp_path / "replayed")
+    replay(run, tmp_path / "twenty", step=20)
+    assert_same_weights(run / "checkpoint-20", tmp_path / "twenty")
 
 
 @pytest.mark.parametrize("space", SPACES)
 @pytest.mark.parametrize("instant", ["before record", "before update", "in checkpoint", "in evaluation"])
-def test_interrupted_and_resumed_equals_straight(model_folder, tmp_path, monkeypatch, space, instant):
-    model = model_folder("bert")
-    straight = train(make_config(model, tmp_path / "straight", space))
-    config = make_config(model, tmp_path / "run", space)
+def test_interrupted_and_resumed_equals_straight(straight_run, model_folder, tmp_path, monkeypatch, space, instant):
+    straight_folder, straight = straight_run(space)
+    config = make_config(model_folder("bert"), tmp_path / "run", space)
     trainer = build_trainer(config, SENTIMENT_ROWS[:100], SENTIMENT_ROWS[100:])
 
     def die(*args):
@@ -128,12 +142,13 @@ def test_interrupted_and_resumed_equals_straight(model_folder, tmp_path, monkeyp
         trainer.train()
     monkeypatch.undo()
     resumed = train(dataclasses.replace(config, resume_from_checkpoint=True))
-    assert_same_weights(tmp_path / "straight", tmp_path / "run")
+    assert_same_weights(straight_folder, tmp_path / "run")
     assert journal.read(straight.journal_path).steps == journal.read(resumed.journal_path).steps
     assert resumed.metrics == straight.metrics
     assert resumed.train_loss == straight.train_loss
     histories = [
-        json.loads((tmp_path / n / "trainer_state.json").read_text())["log_history"] for n in ("straight", "run")
+        json.loads((folder / "trainer_state.json").read_text())["log_history"]
+        for folder in (straight_folder, tmp_path / "run")
     ]
     for history in histories:
         for entry in history:
@@ -217,25 +232,39 @@ def test_the_best_checkpoint_is_kept_and_can_be_the_result(model_folder, tmp_pat
     assert len(list((tmp_path / "run").glob("checkpoint-*"))) <= 2
 
 
-@pytest.mark.parametrize(
-    ("space", "num_kills", "steps"),
-    [("full", 20, 1500), ("low-rank", 6, 300), ("lora-adam", 6, 300), ("prefix", 6, 300)],
-)
-def test_kills_at_random_instants_change_nothing(model_folder, tmp_path, jsonl, space, num_kills, steps):
-    model, data = model_folder("bert"), jsonl(SENTIMENT_ROWS)
-    options = {"dataset_name": data, "validation_size": 0.2, "max_steps": steps, "save_steps": 40, "eval_steps": 60}
-    straight = make_config(model, tmp_path / "straight", space, **options)
-    killed = make_config(model, tmp_path / "run", space, **options, resume_from_checkpoint=True)
-    (tmp_path / "config.json").write_text(json.dumps(killed.to_dict()))
-    script = Path(__file__).with_name("kill_loop.py")
-    command = [sys.executable, str(script), str(tmp_path / "config.json"), str(num_kills), "7"]
+KILLS = {"full": (12, 900), "low-rank": (3, 150), "lora-adam": (3, 150), "prefix": (3, 150)}  # kills and steps
+
+
+@pytest.fixture(scope="module")
+def killed_runs(model_folder, tmp_path_factory):
+    """Configs of runs that were ended at random instants and resumed, by one process that imports once."""
+    folder = tmp_path_factory.mktemp("killed")
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in SENTIMENT_ROWS))
+    configs = {
+        space: make_config(
+            model_folder("bert"), folder / space, space, dataset_name=str(folder / "data.jsonl"), validation_size=0.2,
+            max_steps=steps, save_steps=40, eval_steps=60, resume_from_checkpoint=True,
+        )
+        for space, (_, steps) in KILLS.items()
+    }  # fmt: skip
+    jobs = [[config.to_dict(), KILLS[space][0]] for space, config in configs.items()]
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    command = [sys.executable, str(Path(__file__).with_name("kill_loop.py")), str(folder / "jobs.json"), "7"]
     process = subprocess.run(command, capture_output=True, text=True, check=False, timeout=500)
     assert process.returncode == 0, process.stderr
-    kills = int(process.stdout.split()[-1])
-    assert kills >= num_kills
+    return configs, dict(zip(configs, map(int, process.stdout.split()), strict=True))
+
+
+@pytest.mark.parametrize("space", KILLS)
+def test_kills_at_random_instants_change_nothing(killed_runs, tmp_path, space):
+    """All three signals in each space; `benchmarks/kill_rounds.py` has many more."""
+    config, kills = killed_runs[0][space], killed_runs[1][space]
+    assert kills >= KILLS[space][0]
+    straight = dataclasses.replace(config, output_dir=str(tmp_path / "straight"), resume_from_checkpoint=False)
     build_trainer(straight).train()
-    assert_same_weights(tmp_path / "straight", tmp_path / "run")
-    assert journal.read(tmp_path / "straight" / "journal").steps == journal.read(tmp_path / "run" / "journal").steps
+    run = Path(config.output_dir)
+    assert_same_weights(tmp_path / "straight", run)
+    assert journal.read(tmp_path / "straight" / "journal").steps == journal.read(run / "journal").steps
 
 
 @pytest.mark.parametrize(("limit", "kept"), [(None, [0, 2, 4, 6]), (1, [0, 6]), (2, [0, 4, 6]), (5, [0, 2, 4, 6])])

@@ -12,36 +12,48 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-# In processes of their own: the libraries start threads and servers, and patch what they find.
+# In a process of its own: the libraries start threads and servers, and patch what they find.
 RUN = """
-import json, sys
+import sys
 from mezo import mezo_finetune
 from tests.conftest import SENTIMENT_ROWS
-model, out, tracker = sys.argv[1:]
-mezo_finetune(model, SENTIMENT_ROWS[:24], eval_dataset=SENTIMENT_ROWS[24:32], num_steps=6, batch_size=4,
-    learning_rate=1e-4, output_dir=out, report_to=tracker, run_name="named", logging_steps=2, eval_steps=3,
-    disable_tqdm=True)
+for tracker in ("tensorboard", "wandb", "trackio"):
+    mezo_finetune(sys.argv[1], SENTIMENT_ROWS[:24], eval_dataset=SENTIMENT_ROWS[24:32], num_steps=6, batch_size=4,
+        learning_rate=1e-4, output_dir=f"run-{tracker}", report_to=tracker, run_name="named", logging_steps=2,
+        eval_steps=3, disable_tqdm=True)
 """
 STEPS = [1, 2, 4, 6]
 
 
-def run(model: str, folder: Path, tracker: str, **settings: str) -> dict[int, float]:
-    """Trains, and returns the logged losses by step as trainer_state.json has them."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), **settings}
-    command = [sys.executable, "-W", "ignore", "-c", RUN, model, str(folder / "run"), tracker]
+@pytest.fixture(scope="module")
+def folder(model_folder, tmp_path_factory):
+    """Holds a run for each tracker, and what it stored."""
+    folder = tmp_path_factory.mktemp("tracked")
+    settings = {
+        "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'src'}",
+        "TENSORBOARD_LOGGING_DIR": str(folder / "events"), "TRACKIO_DIR": str(folder / "store"),
+        "WANDB_MODE": "offline", "WANDB_DIR": str(folder), "WANDB_SILENT": "true",
+        "WANDB_CACHE_DIR": str(folder / "cache"), "WANDB_CONFIG_DIR": str(folder / "config"),
+    }  # fmt: skip
+    command = [sys.executable, "-W", "ignore", "-c", RUN, model_folder("bert")]
     done = subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
+        command, cwd=folder, env={**os.environ, **settings}, capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    history = json.loads((folder / "run" / "trainer_state.json").read_text())["log_history"]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected(folder):
+    """The logged losses by step as trainer_state.json has them; the three runs are the same."""
+    history = json.loads((folder / "run-wandb" / "trainer_state.json").read_text())["log_history"]
     return {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
 
 
-def test_tensorboard(model_folder, tmp_path):
+def test_tensorboard(folder, expected):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    expected = run(model_folder("bert"), tmp_path, "tensorboard", TENSORBOARD_LOGGING_DIR=str(tmp_path / "events"))
-    events = EventAccumulator(str(tmp_path / "events")).Reload()
+    events = EventAccumulator(str(folder / "events")).Reload()
     tags = events.Tags()["scalars"]
     assert {"train/loss", "train/projected_grad", "eval/loss", "eval/accuracy"} <= set(tags)
     found = {event.step: event.value for event in events.Scalars("train/loss")}
@@ -65,14 +77,10 @@ def log_records(data: bytes) -> Iterator[bytes]:
             whole = b""
 
 
-def test_wandb_offline(model_folder, tmp_path):
+def test_wandb_offline(folder, expected):
     from wandb.proto.wandb_internal_pb2 import Record
 
-    expected = run(
-        model_folder("bert"), tmp_path, "wandb", WANDB_MODE="offline", WANDB_DIR=str(tmp_path), WANDB_SILENT="true",
-        WANDB_CACHE_DIR=str(tmp_path / "cache"), WANDB_CONFIG_DIR=str(tmp_path / "config"),
-    )  # fmt: skip
-    (stored,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
+    (stored,) = (folder / "wandb").glob("offline-run-*/run-*.wandb")
     found = {}
     for data in log_records(stored.read_bytes()):
         record = Record()
@@ -85,9 +93,8 @@ def test_wandb_offline(model_folder, tmp_path):
     assert found == pytest.approx(expected)
 
 
-def test_trackio(model_folder, tmp_path):
-    expected = run(model_folder("bert"), tmp_path, "trackio", TRACKIO_DIR=str(tmp_path / "store"))
-    (stored,) = (tmp_path / "store").glob("*.db")
+def test_trackio(folder, expected):
+    (stored,) = (folder / "store").glob("*.db")
     with sqlite3.connect(stored) as database:
         rows = database.execute("SELECT run_name, metrics FROM metrics").fetchall()
     database.close()
