@@ -26,7 +26,10 @@ PAGES = sorted([*(ROOT / "docs").glob("*.md"), *(ROOT / "examples").glob("*/READ
 SHOWN = [*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
 WHAT = r"(the Hub|PyPI|a clone|a GPU|SGLang|an SGLang server)"
 NEEDS = re.compile(rf"# needs {WHAT}(( and|,) {WHAT})*\b")
-COMMAND = re.compile(r"(\$ )?(mezo|python3?|pip|sglang|make|bash|git|curl|cmp|export)( |$)")
+PROGRAMS = "mezo|python3?|pip|uv|pytest|torchrun|sglang|hf|make|bash|sh|git|curl|docker|cmp|cd|export"
+# At a line's beginning or behind another command; also by its path, or with variables set for it.
+PROGRAM = rf"(?:[\w.~-]*/)*(?:{PROGRAMS})|\.\w*/[\w./-]+"
+COMMAND = re.compile(rf"(?:^|&&|\|\||[;|]) *(?:[$%] )?(?:\w+=\S+ +)*(?:{PROGRAM})(?= |$)")
 BLOCK = re.compile(r"^```(.*)\n((?:.*\n)*?)```$", re.MULTILINE)
 
 
@@ -41,14 +44,14 @@ def is_marked(language: str, block: str) -> bool:
         return True  # a program with a mark is compiled
     if language == "console":
         return NEEDS.match(block) is not None
-    return language in ("yaml", "") and not any(COMMAND.match(line.strip()) for line in block.splitlines())
+    return language in ("yaml", "") and not any(COMMAND.search(line.strip()) for line in block.splitlines())
 
 
 def unmarked(text: str) -> list[str]:
     """What of a page neither runs in a test nor says what it needs: blocks, indented lines, fences of other kinds."""
     lines = BLOCK.sub("", text).splitlines()
-    indented = [line for line in lines if line.startswith(("    ", "\t", "$ ")) and COMMAND.match(line.strip())]
-    fences = [line for line in lines if "```" in line or "~~~" in line]
+    indented = [line for line in lines if line.startswith(("    ", "\t", "$ ")) and COMMAND.search(line.strip())]
+    fences = [line for line in lines if "```" in line or "~~~" in line or "<pre" in line]
     return [*indented, *fences, *(block for language, block in blocks(text) if not is_marked(language, block))]
 
 
@@ -59,6 +62,10 @@ def unmarked(text: str) -> list[str]:
         "```\npip install mezo\n```",
         "```\n$ mezo doctor runs/first\n```",
         "```yaml\npython train.py\n```",
+        "```\n.venv/bin/python -m pytest\n```",
+        "```\n./.ci/run\n```",
+        "```\nHF_HUB_OFFLINE=1 mezo presets\n```",
+        "```\ncd runs && mezo presets\n```",
         "```console\nmezo train --task sst2\n```",
         "```console\n# needs luck\nmezo train --task sst2\n```",
         "```console\nmezo train --task sst2\n# needs the Hub\n```",
@@ -67,6 +74,7 @@ def unmarked(text: str) -> list[str]:
         "~~~\nmezo presets\n~~~",
         "- a list\n\n    mezo presets\n",
         "  ```bash\n  mezo presets\n  ```",
+        "<pre>\nmezo presets\n</pre>",
     ],
 )
 def test_an_unmarked_command_is_noticed(text):
@@ -80,6 +88,7 @@ def test_an_unmarked_command_is_noticed(text):
         "```console\n# needs the Hub and a GPU\nmezo train --task sst2\n```",
         "```python\n# needs SGLang and a GPU\nimport mezo\n```",
         "```\nheader   8 bytes\n```",
+        "```\nengines/torch/engine.py   the torch engine\n```",
         "mezo trains\nmezo is started beside",
     ],
 )
@@ -90,6 +99,12 @@ def test_what_runs_or_is_marked_passes(text):
 @pytest.mark.parametrize("page", SHOWN, ids=lambda page: f"{page.parent.name}/{page.name}")
 def test_no_page_shows_an_unmarked_command(page):
     assert unmarked(page.read_text()) == []
+
+
+def test_a_page_that_no_test_runs_has_no_block_that_would_run():
+    """tests/test_readme.py runs README.md, the test below all PAGES."""
+    for page in {*SHOWN} - {*PAGES, ROOT / "README.md"}:
+        assert all(language == "console" for language, _ in blocks(page.read_text())), page
 
 
 def command_lines(block: str) -> list[str]:
