@@ -303,9 +303,13 @@ def measure(options: argparse.Namespace) -> None:
             if not running:
                 return
             for future in wait(running, return_when=FIRST_COMPLETED).done:
-                job, rows = running.pop(future), future.result()
-                append(options.output, rows)
+                job = running.pop(future)
                 schedule.ended(job)
+                if future.exception() is not None:
+                    print(f"{job}: {future.exception()}", flush=True)
+                    continue
+                rows = future.result()
+                append(options.output, rows)
                 last = rows[-1]
                 print(f"{job.phase:5} {job.task:18} {job.method:26} {job.learning_rate:8.1e} seed {job.seed} "
                       f"{last['forwards']:6} forwards {last['seconds']:7.1f} s  accuracy {last['accuracy']:.4f} "
