@@ -1,13 +1,14 @@
 """Accuracy against forward passes and seconds, for plain MeZO and the methods that want to beat it.
 
     python benchmarks/methods.py --models FOLDER --data FOLDER --output FILE.csv
-        [--tasks minilm-mlm/sst2 …] [--methods mezo …] [--seeds 0 1 2] [--jobs 1] [--minutes 60] [--dry_run]
+        [--tasks minilm-mlm/sst2 …] [--methods mezo …] [--seeds 0 1 2] [--jobs 1] [--minutes 60]
 
 1,000 training rows, of which 200 are held out. Every method first tries the same number of learning rates, half a
 decade apart, for `--tune_forwards` passes with the first seed; the one with the lowest held-out loss then runs for
 `--forwards` passes with every seed. The official validation rows are only reported. A backward pass counts as two
-forward passes. Rows of FILE.csv are appended when a run ends, and runs that it holds already are left out, so that an
-interrupted measurement goes on.
+forward passes. `--jobs` runs share the device; what a step takes is then measured with nothing beside it, for
+`--time_steps` steps. Rows of FILE.csv are appended when a run ends, and runs that it holds already are left out, so
+that an interrupted measurement goes on.
 """
 
 import argparse
@@ -100,7 +101,7 @@ class Job(NamedTuple):
     method: str
     learning_rate: float
     seed: int
-    phase: str  # tune or final
+    phase: str  # tune, final or time
 
 
 class Curve(TrainerCallback):
@@ -111,7 +112,7 @@ class Curve(TrainerCallback):
         self.held_out, self.reported = held_out, reported
         self.points: list[dict[str, float]] = []
         self.engine: Any = None
-        self.seconds, self.started = 0.0, time.perf_counter()
+        self.started, self.times = 0.0, [0.0]
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         self.started = time.perf_counter()
@@ -122,14 +123,15 @@ class Curve(TrainerCallback):
     def step_ended(self, step: int) -> None:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        self.seconds += time.perf_counter() - self.started
+        self.times.append(time.perf_counter() - self.started)
         if step % self.every == 0:
             self.measure(step)
 
     def measure(self, step: int) -> None:
         held_out, reported = (evaluate(self.engine, rows) for rows in (self.held_out, self.reported))
         self.points.append(
-            {"step": step, "forwards": step * self.forwards, "seconds": round(self.seconds, 2),
+            {"step": step, "forwards": step * self.forwards, "seconds": round(sum(self.times), 2),
+             "milliseconds_per_step": round(1e3 * statistics.median(self.times[len(self.times) // 2 :]), 3),
              "held_out_accuracy": round(held_out.accuracy, 4), "held_out_loss": round(held_out.loss, 4),
              "accuracy": round(reported.accuracy, 4), "loss": round(reported.loss, 4)}
         )  # fmt: skip
@@ -166,7 +168,10 @@ def run(job: Job, options: argparse.Namespace) -> list[dict[str, Any]]:
         first_order = job.method.startswith(FIRST_ORDER)
         per_step = 3 if first_order else len(probe.estimator.probes(0))
         steps = 5 * len(train) // 16 if first_order else forwards // per_step
-        curve = Curve(max(1, steps // options.points), per_step, list(probe.eval_examples or []), reported)
+        every = max(1, steps // options.points)
+        if job.phase == "time":
+            every = steps = options.time_steps
+        curve = Curve(every, per_step, list(probe.eval_examples or []), reported)
         if first_order:
             curve.engine = probe.engine
             end = fine_tune(curve, probe.train_examples, job, steps)
@@ -284,6 +289,11 @@ class Schedule:
                 jobs = [] if rate is None else [Job(task, method, rate, s, "final") for s in self.options.seeds]
             yield from (job for job in jobs if job not in self.have and job not in self.under_way)
 
+    def untimed(self) -> list[Job]:
+        """One run of a few steps for every method that has finals."""
+        wanted = [job._replace(seed=self.options.seeds[0], phase="time") for job in self.have if job.phase == "final"]
+        return sorted(set(wanted) - self.have)
+
     def ended(self, job: Job) -> None:
         self.under_way.discard(job)
         self.have.add(job)
@@ -294,52 +304,90 @@ def measure(options: argparse.Namespace) -> None:
     schedule, until = Schedule(options), time.monotonic() + 60 * options.minutes
     running: dict[Future[list[dict[str, Any]]], Job] = {}
     with ProcessPoolExecutor(options.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+
+        def start(job: Job) -> None:
+            schedule.under_way.add(job)
+            running[pool.submit(run, job, options)] = job
+
+        def finish_one() -> None:
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                job = running.pop(future)
+                schedule.ended(job)
+                keep(future, job, options.output)
+
         while True:
             for job in schedule.todo():
                 if len(running) >= options.jobs or time.monotonic() > until:
                     break
-                schedule.under_way.add(job)
-                running[pool.submit(run, job, options)] = job
+                start(job)
             if not running:
-                return
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                job = running.pop(future)
-                schedule.ended(job)
-                if future.exception() is not None:
-                    print(f"{job}: {future.exception()}", flush=True)
-                    continue
-                rows = future.result()
-                append(options.output, rows)
-                last = rows[-1]
-                print(f"{job.phase:5} {job.task:18} {job.method:26} {job.learning_rate:8.1e} seed {job.seed} "
-                      f"{last['forwards']:6} forwards {last['seconds']:7.1f} s  accuracy {last['accuracy']:.4f} "
-                      f"loss {last['held_out_loss']:.4f} {last['end']}", flush=True)  # fmt: skip
+                break
+            finish_one()
+        for job in schedule.untimed():
+            start(job)
+            finish_one()
 
 
-def reached(curve: list[dict[str, str]], accuracy: float, what: str) -> float:
-    """Forward passes or seconds of the first point of a curve with that accuracy."""
-    return next((float(row[what]) for row in curve if float(row["accuracy"]) >= accuracy), math.inf)
+def keep(future: Future[list[dict[str, Any]]], job: Job, output: Path) -> None:
+    """Appends a run's rows and says how it ended."""
+    if future.exception() is not None:
+        print(f"{job}: {future.exception()}", flush=True)
+        return
+    rows = future.result()
+    append(output, rows)
+    last = rows[-1]
+    print(f"{job.phase:5} {job.task:18} {job.method:26} {job.learning_rate:8.1e} seed {job.seed} "
+          f"{last['forwards']:6} forwards {last['milliseconds_per_step']:7.1f} ms a step  "
+          f"accuracy {last['accuracy']:.4f} loss {last['held_out_loss']:.4f} {last['end']}", flush=True)  # fmt: skip
+
+
+def reached(curve: list[dict[str, str]], accuracy: float) -> dict[str, str]:
+    """The first point of a curve with that accuracy."""
+    never = {"step": "inf", "forwards": "inf"}
+    return next((row for row in curve if float(row["accuracy"]) >= accuracy), never)
+
+
+class Finals(NamedTuple):
+    """The final runs of a method on a task."""
+
+    curves: list[list[dict[str, str]]]  # one a seed
+    step_seconds: float  # with nothing beside it; nan where this was not measured
+
+    def ends(self) -> list[float]:
+        """Last accuracies in percent, ascending."""
+        return sorted(100 * float(curve[-1]["accuracy"]) for curve in self.curves)
+
+    def until(self, accuracy: float) -> tuple[float, float]:
+        """Forward passes and seconds until that accuracy, each in the median of the seeds."""
+        points = [reached(curve, accuracy) for curve in self.curves]
+        forwards, steps = (statistics.median(float(p[what]) for p in points) for what in ("forwards", "step"))
+        return forwards, steps * self.step_seconds
+
+
+def finals(found: list[dict[str, str]]) -> dict[str, dict[str, Finals]]:
+    """By task and method."""
+    curves: dict[Job, list[dict[str, str]]] = defaultdict(list)
+    for row in found:
+        curves[key(row)].append(row)
+    result: dict[str, dict[str, Finals]] = defaultdict(dict)
+    for job in curves:
+        if job.phase == "final" and job.method not in result[job.task]:
+            same = [c for other, c in curves.items() if other._replace(seed=job.seed) == job]
+            timed = curves.get(job._replace(phase="time"))
+            seconds = float(timed[-1]["milliseconds_per_step"]) / 1e3 if timed else math.nan
+            result[job.task][job.method] = Finals(same, seconds)
+    return result
 
 
 def table(found: list[dict[str, str]], show: Callable[[str], None] = print) -> None:
-    """Finals by task and method: the last accuracy, and what it takes to plain MeZO's, in the median of the seeds."""
-    curves: dict[tuple[str, str], dict[str, list[dict[str, str]]]] = defaultdict(lambda: defaultdict(list))
-    for row in found:
-        if row["phase"] == "final":
-            curves[row["task"], row["method"]][row["seed"]].append(row)
-    for task in dict.fromkeys(task for task, _ in curves):
-        plain = [c[-1] for c in curves[task, "mezo"].values()] if (task, "mezo") in curves else []
-        goal = statistics.median(float(row["accuracy"]) for row in plain) if plain else math.inf
+    """The last accuracy of every method, and what it takes to plain MeZO's, in the median of the seeds."""
+    for task, methods in finals(found).items():
+        goal = statistics.median(methods["mezo"].ends()) / 100 if "mezo" in methods else math.inf
         show(f"\n{task}: plain MeZO ends at {100 * goal:.1f}")
         show(f"{'method':26} {'rate':>8} {'accuracy':>8} {'spread':>13} {'forwards':>9} {'seconds':>8}  edge")
-        for (of, method), seeds in curves.items():
-            if of != task:
-                continue
-            ends = sorted(100 * float(c[-1]["accuracy"]) for c in seeds.values())
-            forwards, seconds = (
-                statistics.median(reached(c, goal, what) for c in seeds.values()) for what in ("forwards", "seconds")
-            )
-            rate = float(next(iter(seeds.values()))[0]["learning_rate"])
+        for method, of in methods.items():
+            forwards, seconds = of.until(goal)
+            rate, ends = float(of.curves[0][0]["learning_rate"]), of.ends()
             edge = "yes" if rate in (rates(method)[0], rates(method)[-1]) else ""
             show(f"{method:26} {rate:8.1e} {statistics.median(ends):8.1f} {ends[0]:6.1f}-{ends[-1]:<6.1f} "
                  f"{forwards:9.0f} {seconds:8.1f}  {edge}")  # fmt: skip
@@ -355,17 +403,13 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1000)
     parser.add_argument("--tune_forwards", type=int, default=1000)
     parser.add_argument("--forwards", type=int, default=4000)
-    parser.add_argument("--points", type=int, default=8)
+    parser.add_argument("--points", type=int, default=20, help="evaluations of a run")
+    parser.add_argument("--time_steps", type=int, default=60)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--minutes", type=float, default=math.inf)
-    parser.add_argument("--dry_run", action="store_true")
     options = parser.parse_args()
-    if options.dry_run:
-        for job in Schedule(options).todo():
-            print(*job)
-        return
     measure(options)
     table(read(options.output))
 

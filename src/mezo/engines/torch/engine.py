@@ -301,7 +301,9 @@ class TorchEngine:
         parameters = list(self.space.parameters.values())
         if self._lora is not None or self._low_rank is not None or isinstance(self.model, PeftModel):
             return None
-        if any(p.dtype != torch.float32 for p in parameters) or 8 * self.space.num_parameters() > num_bytes:
+        if not parameters or any(p.dtype != torch.float32 for p in parameters):
+            return None
+        if 8 * self.space.num_parameters() > num_bytes:
             return None
         return ProbeBuffers(self.space)
 
