@@ -21,7 +21,8 @@ import torch
 from provenance import provenance
 
 from mezo.config import MeZOConfig
-from mezo.engines.torch.engine import TorchEngine, padded
+from mezo.engines.torch.batch import Padded
+from mezo.engines.torch.engine import TorchEngine
 from mezo.engines.torch.loading import load_model, load_tokenizer
 from mezo.engines.torch.reuse import Stage
 from mezo.estimator import Record, TwoPoint
@@ -115,7 +116,7 @@ def measure(engine: TorchEngine, examples: list[Example], repeats: int) -> dict[
 @torch.no_grad()
 def plain_forward(engine: TorchEngine, examples: list[Example]) -> torch.Tensor:
     rows = [s.input_ids for e in examples for s in e.sequences]
-    inputs = padded(Stage(rows, [0] * len(rows), [0] * len(rows)), 1, 0, engine.model.device)
+    inputs = Padded.of(Stage(rows, [0] * len(rows), [0] * len(rows)), 0).inputs(1, engine.model.device)
     return engine.model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
 
 

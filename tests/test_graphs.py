@@ -73,7 +73,8 @@ def test_copies_within_memory(model_folder):
 
 @pytest.mark.parametrize(("rows", "bucket"), [(1, 1), (7, 7), (9, 10), (17, 20), (33, 40), (64, 64), (65, 80)])
 def test_buckets(rows, bucket):
-    assert Shape.of(2, rows, 17, 0, rows) == (2, bucket, 24, 0, -(-rows // 32) * 32)
+    reads = -(-rows // 32) * 32
+    assert Shape.of(2, rows, 17, 0, rows, rows, False) == (2, bucket, 24, 0, reads, reads, False)
 
 
 def test_large_passes_are_not_captured(model_folder, monkeypatch):
@@ -84,3 +85,14 @@ def test_large_passes_are_not_captured(model_folder, monkeypatch):
         static.losses(examples[:2], TwoPoint(7, 0.05).probes(step))
     assert not static._graphs._kept
     assert torch.isfinite(static.losses(examples[:2], TwoPoint(7, 0.05).probes(2))).all()
+
+
+def test_groups_of_few_shapes(model_folder, monkeypatch):
+    """Small passes hold multiples of a quarter of the batch; passes that are not captured any number."""
+    static, examples = engine_for(model_folder("opt"), "opt", {"per_device_train_batch_size": 16})
+    batch = [examples[0]] * 3 + [examples[1]] * 6 + [examples[2]] * 5 + [examples[3]] * 2
+    monkeypatch.setattr(type(static), "_pass_cost", 0)
+    as_on_gpu(static)
+    assert {len(group) % 4 for group in static._groups(batch, 16)} == {0}
+    monkeypatch.setattr("mezo.engines.torch.engine._STATIC_FLOPS", 1.0)
+    assert {len(group) % 4 for group in static._groups(batch, 16)} != {0}

@@ -13,7 +13,6 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,6 +27,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from mezo.adapter import canonical_name
 from mezo.engines.base import Loss, Work
+from mezo.engines.torch.batch import Padded, Reads, target_scores
 from mezo.engines.torch.buffer import ProbeBuffers
 from mezo.engines.torch.generation import generate
 from mezo.engines.torch.graphs import Graphs, Shape, StaticInputs
@@ -64,46 +64,6 @@ class Past(NamedTuple):
         index = index.to(self.mask_RS.device)
         self.cache.batch_select_indices(index)
         return Past(self.cache, self.mask_RS[index])
-
-
-@dataclass(frozen=True)
-class Batch:
-    """The last stage of a batch as tensors, all rows once for each of P probes, and where to read which logit."""
-
-    inputs: dict[str, Tensor]
-    row_Q: Tensor
-    position_Q: Tensor
-    query_T: Tensor  # index into Q of each target of the first probe
-    token_T: Tensor
-
-    @classmethod
-    def from_stage(
-        cls, stage: Stage, sequences: Sequence[TokenSequence], num_probes: int, pad_token_id: int, device: torch.device
-    ) -> Batch:
-        """Rows padded on the right to the longest one; `sequences` are the rows of the stage."""
-        queries: dict[tuple[int, int], int] = {}
-        targets: list[tuple[int, int]] = []
-        for row, (sequence, start) in enumerate(zip(sequences, stage.starts, strict=True)):
-            for t in sequence.targets:
-                targets.append((queries.setdefault((row, t.position - start), len(queries)), t.token))
-        row_Q, position_Q = torch.tensor(list(queries)).T
-        query_T, token_T = torch.tensor(targets).T
-        row_Q = torch.cat([row_Q + p * len(sequences) for p in range(num_probes)])
-        tensors = (row_Q, position_Q.repeat(num_probes), query_T, token_T)
-        return cls(padded(stage, num_probes, pad_token_id, device), *(t.to(device) for t in tensors))
-
-
-def padded(stage: Stage, num_probes: int, pad_token_id: int, device: torch.device) -> dict[str, Tensor]:
-    """Token ids, their mask and their positions [P · R, S]; rows are padded on the right, probe by probe."""
-    longest = max(map(len, stage.chunks))
-    input_ids_RS = torch.full((len(stage.chunks), longest), pad_token_id)
-    mask_RS = torch.zeros_like(input_ids_RS)
-    for row, chunk in enumerate(stage.chunks):
-        input_ids_RS[row, : len(chunk)] = torch.tensor(chunk)
-        mask_RS[row, : len(chunk)] = 1
-    position_ids_RS = (torch.tensor(stage.starts)[:, None] + torch.arange(longest)) * mask_RS
-    tensors = {"input_ids": input_ids_RS, "attention_mask": mask_RS, "position_ids": position_ids_RS}
-    return {name: t.repeat(num_probes, 1).to(device) for name, t in tensors.items()}
 
 
 class TorchEngine:
@@ -200,7 +160,7 @@ class TorchEngine:
             for group_G in groups:
                 part = [examples[n] for n in group_G]
                 for p, score in enumerate(self._fitting(part, some, greedy=False), first):
-                    losses_PN[p, group_G] = loss(part, score.logprobs_T).cpu()
+                    losses_PN[p, group_G] = loss(part, score.logprobs_T)
             first += len(some)
         return losses_PN
 
@@ -213,7 +173,7 @@ class TorchEngine:
             part = [examples[n] for n in group_G]
             (scores,) = self._fitting(part, [UNPERTURBED], greedy=True)
             counts_G = [sum(len(s.targets) for s in e.sequences) for e in part]
-            columns = [t.cpu().split(counts_G) for t in scores]
+            columns = [t.split(counts_G) for t in scores]
             parts |= {n: TargetScores(*column) for n, column in zip(group_G, zip(*columns, strict=True), strict=True)}
         self.work.computed, self.work.padding = computed, padding  # the work of training is counted
         return TargetScores(*map(torch.cat, zip(*(parts[n] for n in range(len(examples))), strict=True)))
@@ -349,9 +309,15 @@ class TorchEngine:
         for first in range(0, len(examples), batch_size):
             part = examples[first : first + batch_size]
             shapes = [(len(e.sequences), max(len(s.input_ids) - s.adapter_start for s in e.sequences)) for e in part]
-            parts = length_groups(shapes, self._pass_cost, self._most_tokens)
+            parts = length_groups(shapes, self._pass_cost, self._most_tokens, self._group_step(shapes))
             groups += [[first + n for n in group] for group in parts]
         return groups
+
+    def _group_step(self, shapes: Sequence[tuple[int, int]]) -> int:
+        """What numbers of examples of a pass are multiples of: passes that become graphs shall be of few shapes."""
+        tokens = sum(rows * longest for rows, longest in shapes)
+        is_small = self._graphs is not None and tokens * self._pass_flops < _STATIC_FLOPS
+        return max(1, len(shapes) // 4) if is_small and math.isinf(self._most_tokens) else 1
 
     @property
     def _pass_cost(self) -> int:
@@ -445,32 +411,31 @@ class TorchEngine:
         sequences: Sequence[TokenSequence],
         probes: Sequence[Probe],
         greedy: bool,
-        prefixes: Sequence[Tensor] | None = None,
+        prefixes: Sequence[Tensor] = (),
     ) -> list[TargetScores]:
         """As `_read`, on static tensors, so that a CUDA graph can replay it."""
         assert self._graphs is not None
-        batch = Batch.from_stage(stage, sequences, len(probes), self._pad, self.model.device)
-        positions = max(p.shape[3] for p in prefixes) if prefixes is not None else 0
-        tokens, reads = batch.inputs["input_ids"].shape[1], len(batch.row_Q) // len(probes)
-        shape = Shape.of(len(probes), len(sequences), tokens, positions, reads)
+        rows, reads = Padded.of(stage, self._pad), Reads.of(stage, sequences)
+        num_rows, tokens = rows.input_ids_RS.shape
+        positions = max((p.shape[3] for p in prefixes), default=0)
+        num_reads, num_targets = len(reads.row_Q), len(reads.token_T)
+        shape = Shape.of(len(probes), num_rows, tokens, positions, num_reads, num_targets, greedy)
         self.work.padding += len(probes) * (shape.rows * shape.tokens - stage.num_tokens)
-        static = self._graphs.inputs(shape, None if prefixes is None else prefixes[0])
-        static.fill(batch.inputs, batch.row_Q, batch.position_Q, self._pad)
-        if prefixes is not None:
-            static.fill_prompts(prefixes)
+        static = self._graphs.inputs(shape, prefixes[0] if prefixes else None)
+        static.fill(rows, reads, self._pad, prefixes)
         self._perturbed(probes)  # writes the parameters, which must not be captured
 
         def forward(static: StaticInputs) -> Tensor:
             arguments = static.arguments(self.model.dtype, encoder=not self._is_decoder)
             if "use_cache" in self._accepted:
                 arguments.setdefault("use_cache", False)
-            row_Q, position_Q = static.reads
+            row_Q, position_Q = static.reads.places(len(probes), shape.rows)
             with self._perturbed(probes), _LastHidden(self._transformer, row_Q, position_Q):
-                logits: Tensor = self._transformer(**arguments).logits
-            return logits[row_Q] if logits.ndim == 2 else logits[0]
+                logits = self._transformer(**arguments).logits
+            logits_QV = logits[row_Q] if logits.ndim == 2 else logits[0]
+            return static.reads.scores(logits_QV, len(probes), greedy=greedy)
 
-        logits_PQV = self._graphs.run(shape, forward).unflatten(0, (len(probes), -1))
-        return self._pick(logits_PQV[:, :reads].flatten(0, 1), batch, len(probes), greedy)
+        return target_scores(self._graphs.run(shape, forward), len(reads.token_T))
 
     def _prompts(self, sequences: Sequence[TokenSequence]) -> list[Tensor]:
         """Keys and values [L, 2, H, S, D] of each row's tokens before the adapter acts, from the store if there."""
@@ -510,7 +475,8 @@ class TorchEngine:
         missing = sorted(set(rows) - set(found), key=len)
         if missing:
             stage = Stage(missing, list(range(len(missing))), [0] * len(missing))
-            hidden_RSD = frozen.hidden_states(self._inputs(padded(stage, 1, self._pad, self.model.device), None))
+            inputs = Padded.of(stage, self._pad).inputs(1, self.model.device)
+            hidden_RSD = frozen.hidden_states(self._inputs(inputs, None))
             for key, states_SD in zip(missing, hidden_RSD, strict=True):
                 found[key] = states_SD[: len(key)]
                 self._store.put(key, found[key])
@@ -520,7 +486,7 @@ class TorchEngine:
 
     def _extend(self, past: Past | None, stage: Stage, num_probes: int) -> Past:
         """Keys and values of one more stage."""
-        inputs = padded(stage, num_probes, self._pad, self.model.device)
+        inputs = Padded.of(stage, self._pad).inputs(num_probes, self.model.device)
         self.work.padding += num_probes * stage.num_padding
         own_mask_RS = inputs["attention_mask"]
         past = Past(DynamicCache(), own_mask_RS[:, :0]) if past is None else past.of_rows(stage.parents, num_probes)
@@ -533,25 +499,19 @@ class TorchEngine:
     ) -> list[TargetScores]:
         """The last stage, and the log-probabilities of its targets under each probe."""
         self.work.padding += num_probes * stage.num_padding
-        batch = Batch.from_stage(stage, sequences, num_probes, self._pad, self.model.device)
+        inputs = Padded.of(stage, self._pad).inputs(num_probes, self.model.device)
+        reads = Reads.of(stage, sequences).to(self.model.device)
+        row_Q, position_Q = reads.places(num_probes, len(sequences))
         cached: dict[str, object] = {"use_cache": False} if "use_cache" in self._accepted else {}
         if past is not None:
             past = past.of_rows(stage.parents, num_probes)
             cached = {"past_key_values": past.cache, "use_cache": True}
         model = self.model if self._has_prefix else self._transformer
-        with _LastHidden(self._transformer, batch.row_Q, batch.position_Q):
-            logits = model(**self._inputs(batch.inputs, past), **cached).logits
-        assert logits.ndim == 2 or logits.shape[:2] == (1, len(batch.row_Q)), "the head did not see the selected states"
-        return self._pick(logits[batch.row_Q] if logits.ndim == 2 else logits[0], batch, num_probes, greedy)
-
-    def _pick(self, logits_QV: Tensor, batch: Batch, num_probes: int, greedy: bool) -> list[TargetScores]:
-        """Log-probabilities of the targets under each probe."""
-        scores = []
-        for part_QV in logits_QV.float().chunk(num_probes):
-            logprobs_T = part_QV[batch.query_T, batch.token_T] - part_QV.logsumexp(dim=1)[batch.query_T]
-            best_T = part_QV.argmax(dim=1)[batch.query_T] if greedy else torch.zeros_like(batch.token_T)
-            scores.append(TargetScores(logprobs_T, best_T == batch.token_T))
-        return scores
+        with _LastHidden(self._transformer, row_Q, position_Q):
+            logits = model(**self._inputs(inputs, past), **cached).logits
+        assert logits.ndim == 2 or logits.shape[:2] == (1, len(row_Q)), "the head did not see the selected states"
+        logits_QV = logits[row_Q] if logits.ndim == 2 else logits[0]
+        return target_scores(reads.scores(logits_QV, num_probes, greedy=greedy), len(reads.token_T))
 
     def _inputs(self, inputs: dict[str, Tensor], past: Past | None) -> dict[str, Tensor]:
         """What the model takes of a stage. Positions go with a past only, which may hold padding in the middle."""
@@ -585,7 +545,9 @@ class TorchEngine:
             logger.warning("%d trained parameters do not take part in the loss: %s", len(unread), ", ".join(unread[:5]))
 
 
-def length_groups(shapes: Sequence[tuple[int, int]], pass_cost: int, most_tokens: float = math.inf) -> list[list[int]]:
+def length_groups(
+    shapes: Sequence[tuple[int, int]], pass_cost: int, most_tokens: float = math.inf, step: int = 1
+) -> list[list[int]]:
     """Splits examples into forward passes so that padding and number of passes together cost least.
 
     Args:
@@ -593,6 +555,7 @@ def length_groups(shapes: Sequence[tuple[int, int]], pass_cost: int, most_tokens
         pass_cost: what one more pass costs, in tokens. A dense direction is drawn anew in each pass, which on a CPU
             takes as long as some 75 tokens and on a GPU as long as some 700; an adapter's costs little.
         most_tokens: rows × longest row of a pass, unless it has one example only.
+        step: the number of examples of a pass is a multiple of it, but for the one with the longest rows.
 
     Returns:
         Indices of the examples of each pass, shortest rows first; the order of equal lengths is kept.
@@ -604,6 +567,8 @@ def length_groups(shapes: Sequence[tuple[int, int]], pass_cost: int, most_tokens
         choices: list[tuple[float, int]] = []
         for start in range(stop - 1, -1, -1):
             rows += shapes[order[start]][0]
+            if start % step:
+                continue
             if choices and rows * longest > most_tokens:
                 break
             choices.append((best[start][0] + rows * longest + pass_cost, start))

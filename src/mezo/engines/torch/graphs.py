@@ -5,8 +5,8 @@ launching a model's kernels one by one costs. Shapes are rounded up to buckets, 
 set, and a bucket is captured when it comes back. On a CPU the same static pass runs without a graph, which is how it
 is tested.
 
-Shapes: R rows of one probe, S tokens left of a row, P positions of prompts, Q positions of one probe that are read; the
-static tensors hold them for all probes, probe by probe.
+Shapes: R rows of one probe, S tokens left of a row, P positions of prompts, Q positions of one probe that are read, T
+targets of one probe; the pass itself repeats the rows for every probe.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from mezo.engines.torch.batch import Padded, Reads
 from mezo.errors import is_out_of_memory
 
 _TOKENS, _POSITIONS, _READS = 8, 64, 32  # buckets
@@ -36,12 +37,15 @@ class Shape(NamedTuple):
     tokens: int
     positions: int
     reads: int
+    targets: int
+    greedy: bool
 
     @classmethod
-    def of(cls, probes: int, rows: int, tokens: int, positions: int, reads: int) -> Shape:
+    def of(cls, probes: int, rows: int, tokens: int, positions: int, reads: int, targets: int, greedy: bool) -> Shape:
         """The bucket of a batch. At most a fifth of the rows is padding."""
         rows = _up(rows, 1 << max(0, rows.bit_length() - 3))
-        return cls(probes, rows, _up(tokens, _TOKENS), _up(positions, _POSITIONS), _up(reads, _READS))
+        reads, targets = _up(reads, _READS), _up(targets, _READS)
+        return cls(probes, rows, _up(tokens, _TOKENS), _up(positions, _POSITIONS), reads, targets, greedy)
 
 
 def _up(value: int, step: int) -> int:
@@ -49,42 +53,51 @@ def _up(value: int, step: int) -> int:
 
 
 class StaticInputs:
-    """Tensors that a graph reads, at the size of its bucket; keys and values of prompts lie in `memory`."""
+    """Tensors of one probe that a graph reads, at the size of its bucket: one memory, filled with one transfer.
+
+    Keys and values of prompts, of all probes, lie in `memory`.
+    """
 
     def __init__(self, shape: Shape, device: torch.device, prefix: Tensor | None = None, memory: Tensor | None = None):
-        def zeros(*size: int) -> Tensor:
-            return torch.zeros(shape.probes, *size, dtype=torch.long, device=device)
-
+        rows, queries, targets = (shape.rows,), (shape.reads,), (shape.targets,)
+        table = (shape.rows, shape.tokens)
+        sizes = [table, table, rows, rows, queries, queries, targets, targets]
+        counts = list(map(math.prod, sizes))
         self.shape = shape
-        self._input_ids_PRS = zeros(shape.rows, shape.tokens)
-        self._position_ids_PRS = torch.zeros_like(self._input_ids_PRS)
-        self._length_PR, self._prompt_PR = zeros(shape.rows), zeros(shape.rows)
-        self._row_PQ, self._position_PQ = zeros(shape.reads), zeros(shape.reads)
+        # Pinned: the transfer does not wait. A pass ends with reading its scores, so it has ended before the next fill.
+        self._host = torch.zeros(sum(counts), dtype=torch.long, pin_memory=device.type == "cuda")
+        self._flat = self._host.to(device)
+        on_host, static = (
+            [part.view(size) for part, size in zip(flat.split(counts), sizes, strict=True)]
+            for flat in (self._host, self._flat)
+        )
+        self._host_ids_RS, self._host_position_ids_RS, self._host_length_R, self._host_prompt_R = on_host[:4]
+        self._ids_RS, self._position_ids_RS, self._length_R, self._prompt_R = static[:4]
+        self._host_reads, self.reads = Reads(*on_host[4:]), Reads(*static[4:])
         self._kv_L2RHKD: Tensor | None = None
         if prefix is not None and memory is not None:
             layers, _, heads, _, width = prefix.shape
             size = (layers, 2, shape.probes * shape.rows, heads, shape.positions + shape.tokens, width)
             self._kv_L2RHKD = memory[: math.prod(size)].view(size)
 
-    def fill(self, inputs: dict[str, Tensor], row_Q: Tensor, position_Q: Tensor, pad_token_id: int) -> None:
-        """Takes a batch, whose rows come probe by probe."""
-        shape = self.shape
-        ids_PRS = inputs["input_ids"].unflatten(0, (shape.probes, -1))
-        _, rows, width = ids_PRS.shape
-        self._input_ids_PRS.fill_(pad_token_id)
-        self._input_ids_PRS[:, :rows, :width] = ids_PRS
-        self._position_ids_PRS[:, :rows, :width] = inputs["position_ids"].view_as(ids_PRS)
-        self._length_PR.fill_(1)
-        self._length_PR[:, :rows] = inputs["attention_mask"].view_as(ids_PRS).sum(dim=2)
-        reads = len(row_Q) // shape.probes
-        added_P1 = torch.arange(shape.probes, device=row_Q.device)[:, None] * (shape.rows - rows)
-        self._row_PQ[:, :reads] = row_Q.view(shape.probes, -1) + added_P1
-        self._row_PQ[:, reads:] = self._row_PQ[:, :1]
-        self._position_PQ[:, :reads] = position_Q.view(shape.probes, -1)
-        self._position_PQ[:, reads:] = 0
+    def fill(self, rows: Padded, reads: Reads, pad_token_id: int, prefixes: Sequence[Tensor] = ()) -> None:
+        """Takes a batch, and the keys and values [L, 2, H, P, D] of its rows' prompts."""
+        num_rows, width = rows.input_ids_RS.shape
+        self._host_ids_RS.fill_(pad_token_id)
+        self._host_ids_RS[:num_rows, :width] = rows.input_ids_RS
+        self._host_position_ids_RS[:num_rows, :width] = rows.position_ids_RS
+        self._host_length_R.fill_(1)
+        self._host_length_R[:num_rows] = rows.mask_RS.sum(dim=1)
+        for static, wanted in zip(self._host_reads, reads, strict=True):
+            static.zero_()
+            static[: len(wanted)] = wanted
+        if prefixes:
+            self._host_prompt_R.zero_()
+            self._host_prompt_R[:num_rows] = torch.tensor([p.shape[3] for p in prefixes])
+            self._fill_prompts(prefixes)
+        self._flat.copy_(self._host, non_blocking=True)
 
-    def fill_prompts(self, prefixes: Sequence[Tensor]) -> None:
-        """Takes the keys and values [L, 2, H, P, D] of one probe's rows."""
+    def _fill_prompts(self, prefixes: Sequence[Tensor]) -> None:
         assert self._kv_L2RHKD is not None
         for row, prefix in enumerate(prefixes):
             kv_L2PHKD = self._kv_L2RHKD[:, :, row :: self.shape.rows]
@@ -92,39 +105,32 @@ class StaticInputs:
             kv_L2PHKD[:, :, :, :, prefix.shape[3] :] = 0.0  # never read, but 0 · NaN is NaN
         for row in range(len(prefixes), self.shape.rows):
             self._kv_L2RHKD[:, :, row :: self.shape.rows] = 0.0
-        self._prompt_PR.zero_()
-        lengths = torch.tensor([p.shape[3] for p in prefixes])
-        self._prompt_PR[:, : len(prefixes)] = lengths.to(self._prompt_PR.device)
 
     def arguments(self, dtype: torch.dtype, *, encoder: bool) -> dict[str, Any]:
         """What the model takes. A decoder's rows need no mask without a prompt: padding stands behind what is read."""
-        taken: dict[str, Any] = {"input_ids": self._input_ids_PRS.flatten(0, 1)}
+        probes = self.shape.probes
+        taken: dict[str, Any] = {"input_ids": self._ids_RS.repeat(probes, 1)}
         if self._kv_L2RHKD is not None:
-            taken |= {"position_ids": self._position_ids_PRS.flatten(0, 1), "past_key_values": self._cache()}
+            taken |= {"position_ids": self._position_ids_RS.repeat(probes, 1), "past_key_values": self._cache()}
             taken |= {"attention_mask": self._mask(dtype, encoder=False), "use_cache": True}
         elif encoder:
             taken["attention_mask"] = self._mask(dtype, encoder=True)
         return taken
 
-    @property
-    def reads(self) -> tuple[Tensor, Tensor]:
-        """Rows and positions that are read, [probes · Q]."""
-        return self._row_PQ.flatten(), self._position_PQ.flatten()
-
     def _mask(self, dtype: torch.dtype, *, encoder: bool) -> Tensor:
         """What is added to attention scores [probes · R, 1, S, P + S]."""
-        tokens, device = self.shape.tokens, self._length_PR.device
+        tokens, device = self.shape.tokens, self._flat.device
         place_S = torch.arange(tokens, device=device)
         if encoder:
-            seen_R1S = (place_S < self._length_PR.view(-1, 1))[:, None]
+            seen_R1S = (place_S < self._length_R[:, None])[:, None]
             seen_RSK = seen_R1S.expand(-1, tokens, -1)
         else:
             place_P = torch.arange(self.shape.positions, device=device)
-            prompt_RSP = (place_P < self._prompt_PR.view(-1, 1))[:, None].expand(-1, tokens, -1)
+            prompt_RSP = (place_P < self._prompt_R[:, None])[:, None].expand(-1, tokens, -1)
             own_RSS = (place_S <= place_S[:, None]).expand(len(prompt_RSP), -1, -1)
             seen_RSK = torch.cat((prompt_RSP, own_RSS), dim=2)
         zeros_RSK = torch.zeros(seen_RSK.shape, dtype=dtype, device=device)
-        return zeros_RSK.masked_fill_(~seen_RSK, torch.finfo(dtype).min)[:, None]
+        return zeros_RSK.masked_fill_(~seen_RSK, torch.finfo(dtype).min).repeat(self.shape.probes, 1, 1)[:, None]
 
     def _cache(self) -> DynamicCache:
         """The prompts' keys and values, behind which the model writes those of the tokens left."""

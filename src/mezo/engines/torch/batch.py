@@ -1,0 +1,87 @@
+"""Rows of a batch as tensors, and where to read which logit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import chain
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mezo.engines.torch.reuse import Stage
+from mezo.objective import TargetScores, TokenSequence
+
+
+class Padded(NamedTuple):
+    """Rows of one probe on the CPU, padded on the right to the longest one."""
+
+    input_ids_RS: Tensor
+    mask_RS: Tensor
+    position_ids_RS: Tensor
+
+    @classmethod
+    def of(cls, stage: Stage, pad_token_id: int) -> Padded:
+        """The rows of a stage."""
+        lengths_R = np.array(list(map(len, stage.chunks)))
+        place_S = np.arange(lengths_R.max())
+        mask_RS = place_S < lengths_R[:, None]
+        input_ids_RS = np.full(mask_RS.shape, pad_token_id)
+        input_ids_RS[mask_RS] = np.fromiter(chain.from_iterable(stage.chunks), np.int64, stage.num_tokens)
+        position_ids_RS = (np.array(stage.starts)[:, None] + place_S) * mask_RS
+        return cls(*map(torch.from_numpy, (input_ids_RS, mask_RS.astype(np.int64), position_ids_RS)))
+
+    def inputs(self, num_probes: int, device: torch.device) -> dict[str, Tensor]:
+        """What models take, [P · R, S]: all rows once for each probe, probe by probe."""
+        names = ("input_ids", "attention_mask", "position_ids")
+        return {name: t.repeat(num_probes, 1).to(device) for name, t in zip(names, self, strict=True)}
+
+
+class Reads(NamedTuple):
+    """The Q positions of one probe's rows that are read and the T targets there, on the CPU or beside the model."""
+
+    row_Q: Tensor
+    position_Q: Tensor
+    query_T: Tensor  # index into Q
+    token_T: Tensor
+
+    @classmethod
+    def of(cls, stage: Stage, sequences: Sequence[TokenSequence]) -> Reads:
+        """The targets of `sequences`, which are the rows of the stage."""
+        queries: dict[tuple[int, int], int] = {}
+        targets: list[tuple[int, int]] = []
+        for row, (sequence, start) in enumerate(zip(sequences, stage.starts, strict=True)):
+            for t in sequence.targets:
+                targets.append((queries.setdefault((row, t.position - start), len(queries)), t.token))
+        return cls(*torch.tensor(list(queries)).T, *torch.tensor(targets).T)
+
+    def to(self, device: torch.device) -> Reads:
+        """The same there."""
+        return Reads(*(t.to(device) for t in self))
+
+    def places(self, num_probes: int, num_rows: int) -> tuple[Tensor, Tensor]:
+        """Rows and positions of all probes, [P · Q]; a probe has `num_rows` rows."""
+        first_P1 = torch.arange(num_probes, device=self.row_Q.device)[:, None] * num_rows
+        return (self.row_Q + first_P1).flatten(), self.position_Q.repeat(num_probes)
+
+    def scores(self, logits_QV: Tensor, num_probes: int, *, greedy: bool) -> Tensor:
+        """Log-probability of every target under each probe, float32 [1, P, T].
+
+        With `greedy` [2, P, T]: also 1.0 where the target is the most probable token, else 0.0.
+        """
+        parts = []
+        for own_QV in logits_QV.chunk(num_probes):
+            part_QV = own_QV.float()
+            logprobs_T = part_QV[self.query_T, self.token_T] - part_QV.logsumexp(dim=1)[self.query_T]
+            hits = [(part_QV.argmax(dim=1)[self.query_T] == self.token_T).float()] if greedy else []
+            parts.append(torch.stack([logprobs_T, *hits]))
+        return torch.stack(parts, dim=1)
+
+
+def target_scores(scores: Tensor, num_targets: int) -> list[TargetScores]:
+    """What `Reads.scores` returned, on the CPU and by probe; behind `num_targets` is padding."""
+    scores_PT = scores[:, :, :num_targets].cpu()
+    logprobs_PT = scores_PT[0]
+    hits_PT = scores_PT[1] > 0 if len(scores_PT) > 1 else torch.zeros_like(logprobs_PT, dtype=torch.bool)
+    return list(map(TargetScores, logprobs_PT, hits_PT))
