@@ -3,12 +3,12 @@
     python benchmarks/methods.py --models FOLDER --data FOLDER --output FILE.csv
         [--tasks minilm-mlm/sst2 …] [--methods mezo …] [--seeds 0 1 2] [--jobs 1] [--minutes 60]
 
-1,000 training rows, of which 200 are held out. Every method first tries the same number of learning rates, half a
-decade apart, for `--tune_forwards` passes with the first seed; the one with the lowest held-out loss then runs for
-`--forwards` passes with every seed. The official validation rows are only reported. A backward pass counts as two
-forward passes. `--jobs` runs share the device; what a step takes is then measured with nothing beside it, for
-`--time_steps` steps. Rows of FILE.csv are appended when a run ends, and runs that it holds already are left out, so
-that an interrupted measurement goes on.
+1,000 training rows, of which 200 are held out. Every method tries the same number of learning rates, half a decade
+apart, for `--forwards` passes with the first seed; the one that ends with the lowest held-out loss runs with the other
+seeds too. A run that gets worse than the untrained model ends there. The official validation rows are only reported. A
+backward pass counts as two forward passes. `--jobs` runs share the device; what a step takes is then measured with
+nothing beside it, for `--time_steps` steps. Rows of FILE.csv are appended when a run ends, and runs that it holds
+already are left out, so that an interrupted measurement goes on.
 """
 
 import argparse
@@ -71,11 +71,11 @@ FIRST_ORDER = "first order"
 # Options, and the largest of the learning rates. The order is that of the measurement.
 METHODS: dict[str, tuple[dict[str, Any], float]] = {
     "mezo": ({}, 1e-4),
-    FIRST_ORDER: ({}, 3e-4),
-    "lozo, adam": ({**LOW_RANK, "optim": "adam"}, 3e-3),
-    "fzoo, 8 queries": ({"estimator": "fzoo", "num_queries": 8}, 1e-3),
+    FIRST_ORDER: ({}, 1e-4),
+    "lozo, adam": ({**LOW_RANK, "optim": "adam"}, 1e-3),
+    "fzoo, 8 queries": ({"estimator": "fzoo", "num_queries": 8}, 3e-3),
     "adam lora, 4 queries": ({**LORA, "epsilon": 1e-2, "optim": "adam", "num_queries": 4}, 1e-2),
-    "mezo lora": ({**LORA, "epsilon": 1e-2}, 1e-2),
+    "mezo lora": ({**LORA, "epsilon": 1e-2}, 3e-3),
     "subspace, adam, 4 queries": (
         {**LOW_RANK, "direction": "subspace", "direction_rank": 16, "optim": "adam", "num_queries": 4},
         3e-3,
@@ -101,7 +101,7 @@ class Job(NamedTuple):
     method: str
     learning_rate: float
     seed: int
-    phase: str  # tune, final or time
+    phase: str  # train or time
 
 
 class Curve(TrainerCallback):
@@ -118,14 +118,16 @@ class Curve(TrainerCallback):
         self.started = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.step_ended(state.global_step)
+        control.should_training_stop |= not self.step_ended(state.global_step)
 
-    def step_ended(self, step: int) -> None:
+    def step_ended(self, step: int) -> bool:
+        """Whether to go on."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.times.append(time.perf_counter() - self.started)
         if step % self.every == 0:
             self.measure(step)
+        return self.points[-1]["held_out_loss"] < self.points[0]["held_out_loss"] + 0.1
 
     def measure(self, step: int) -> None:
         held_out, reported = (evaluate(self.engine, rows) for rows in (self.held_out, self.reported))
@@ -152,7 +154,6 @@ def run(job: Job, options: argparse.Namespace) -> list[dict[str, Any]]:
     train, held_out = rows.select(chosen[options.rows // 5 :]), rows.select(chosen[: options.rows // 5])
     validation = rows_of(job.task, options.data, True)
     validation = validation.select(range(min(len(validation), 10 * options.rows)))
-    forwards = options.tune_forwards if job.phase == "tune" else options.forwards
     with tempfile.TemporaryDirectory() as folder:
         config = MeZOConfig.from_dict(
             {
@@ -167,7 +168,7 @@ def run(job: Job, options: argparse.Namespace) -> list[dict[str, Any]]:
         reported = build_trainer(config, validation).train_examples
         first_order = job.method.startswith(FIRST_ORDER)
         per_step = 3 if first_order else len(probe.estimator.probes(0))
-        steps = 5 * len(train) // 16 if first_order else forwards // per_step
+        steps = 5 * len(train) // 16 if first_order else options.forwards // per_step
         every = max(1, steps // options.points)
         if job.phase == "time":
             every = steps = options.time_steps
@@ -182,10 +183,10 @@ def run(job: Job, options: argparse.Namespace) -> list[dict[str, Any]]:
             curve.measure(0)
             try:
                 trainer.train()
-                end = ""
+                end = "" if trainer.state.global_step == steps else "diverged"
             except NonFiniteLossError:
                 end = "diverged"
-    facts = {**job._asdict(), "budget": forwards}
+    facts = {**job._asdict(), "budget": options.forwards}
     return [{**facts, **point, "end": end, **provenance()} for point in curve.points]
 
 
@@ -210,7 +211,8 @@ def fine_tune(curve: Curve, examples: list[Example], job: Job, steps: int) -> st
         loss.backward()
         optimizer.step()
         engine._changed()
-        curve.step_ended(step + 1)
+        if not curve.step_ended(step + 1):
+            return "diverged"
     return ""
 
 
@@ -236,16 +238,15 @@ def rates(method: str) -> list[float]:
 
 
 def best_rate(found: list[dict[str, str]], task: str, method: str) -> float | None:
-    """The tried rate whose last held-out loss is the lowest, of those that did not diverge."""
-    last: dict[float, float] = {}
-    for row in found:
-        if (row["task"], row["method"], row["phase"], row["end"]) == (task, method, "tune", ""):
-            last[float(row["learning_rate"])] = float(row["held_out_loss"])
+    """The rate whose last held-out loss is the lowest with the first seed, of those that did not diverge."""
+    runs = [row for row in found if (row["task"], row["method"], row["phase"]) == (task, method, "train")]
+    whole = [row for row in runs if row["seed"] == runs[0]["seed"] and not row["end"]]
+    last = {float(row["learning_rate"]): float(row["held_out_loss"]) for row in whole}
     return min(last, key=lambda rate: last[rate]) if last else None
 
 
 def tuning(task: str, method: str, seed: int) -> list[Job]:
-    return [Job(task, method, rate, seed, "tune") for rate in rates(method)]
+    return [Job(task, method, rate, seed, "train") for rate in rates(method)]
 
 
 def key(row: dict[str, Any]) -> Job:
@@ -270,7 +271,7 @@ def append(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 class Schedule:
-    """Runs in the order of the methods; the finals of a method begin when its tuning has ended."""
+    """Runs in the order of the methods; the other seeds begin when all rates of a method have ended."""
 
     def __init__(self, options: argparse.Namespace):
         self.options = options
@@ -286,13 +287,14 @@ class Schedule:
             jobs = tried
             if self.have.issuperset(tried):
                 rate = best_rate(found, task, method)
-                jobs = [] if rate is None else [Job(task, method, rate, s, "final") for s in self.options.seeds]
+                jobs = [] if rate is None else [Job(task, method, rate, s, "train") for s in self.options.seeds]
             yield from (job for job in jobs if job not in self.have and job not in self.under_way)
 
     def untimed(self) -> list[Job]:
-        """One run of a few steps for every method that has finals."""
-        wanted = [job._replace(seed=self.options.seeds[0], phase="time") for job in self.have if job.phase == "final"]
-        return sorted(set(wanted) - self.have)
+        """One run of a few steps for every method that has been run; the rate does not matter."""
+        pairs = {(job.task, job.method) for job in self.have if job.phase == "train"}
+        timed = {(job.task, job.method) for job in self.have if job.phase == "time"}
+        return [Job(*pair, rates(pair[1])[-1], self.options.seeds[0], "time") for pair in sorted(pairs - timed)]
 
     def ended(self, job: Job) -> None:
         self.under_way.discard(job)
@@ -348,7 +350,7 @@ def reached(curve: list[dict[str, str]], accuracy: float) -> dict[str, str]:
 
 
 class Finals(NamedTuple):
-    """The final runs of a method on a task."""
+    """The runs of a method on a task at its best rate."""
 
     curves: list[list[dict[str, str]]]  # one a seed
     step_seconds: float  # with nothing beside it; nan where this was not measured
@@ -370,12 +372,14 @@ def finals(found: list[dict[str, str]]) -> dict[str, dict[str, Finals]]:
     for row in found:
         curves[key(row)].append(row)
     result: dict[str, dict[str, Finals]] = defaultdict(dict)
-    for job in curves:
-        if job.phase == "final" and job.method not in result[job.task]:
-            same = [c for other, c in curves.items() if other._replace(seed=job.seed) == job]
-            timed = curves.get(job._replace(phase="time"))
-            seconds = float(timed[-1]["milliseconds_per_step"]) / 1e3 if timed else math.nan
-            result[job.task][job.method] = Finals(same, seconds)
+    for task, method in dict.fromkeys((job.task, job.method) for job in curves):
+        same = {job: c for job, c in curves.items() if (job.task, job.method) == (task, method)}
+        rate = best_rate(found, task, method)
+        best = [c for job, c in same.items() if job.phase == "train" and job.learning_rate == rate]
+        timed = [c for job, c in same.items() if job.phase == "time"]
+        if best:
+            seconds = float(timed[0][-1]["milliseconds_per_step"]) / 1e3 if timed else math.nan
+            result[task][method] = Finals(best, seconds)
     return result
 
 
@@ -401,7 +405,6 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=["minilm-mlm/sst2", "reviews-llama/sst2"])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--rows", type=int, default=1000)
-    parser.add_argument("--tune_forwards", type=int, default=1000)
     parser.add_argument("--forwards", type=int, default=4000)
     parser.add_argument("--points", type=int, default=20, help="evaluations of a run")
     parser.add_argument("--time_steps", type=int, default=60)
