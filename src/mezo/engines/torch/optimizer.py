@@ -1,4 +1,4 @@
-"""Momentum and Adam for small float32 parameters: from Σ coefficient · z to what is subtracted.
+"""Momentum and Adam for small float32 parameters, all N in one vector: from Σ coefficient · z to what is subtracted.
 
 All sums and products are rounded one by one and roots go through float64, so that a state is a function of the records,
 bit for bit, on every device.
@@ -21,12 +21,12 @@ STATE_FILE = "optimizer.safetensors"
 
 
 class Optimizer(Protocol):
-    """Gradient estimates to steps. `state` holds float32 tensors by name, for a checkpoint."""
+    """Gradient estimates to steps. `state` holds float32 tensors, for a checkpoint."""
 
     state: dict[str, Tensor]
 
-    def step(self, name: str, gradient: Tensor) -> Tensor:
-        """What the learning rate multiplies, for one parameter; called once a step for each."""
+    def step(self, gradient_N: Tensor) -> Tensor:
+        """What the learning rate multiplies."""
         ...
 
 
@@ -37,10 +37,10 @@ class Momentum:
         self._beta = beta
         self.state: dict[str, Tensor] = {}
 
-    def step(self, name: str, gradient: Tensor) -> Tensor:
+    def step(self, gradient_N: Tensor) -> Tensor:
         """See `Optimizer.step`."""
-        self.state[name] = _mean(self.state.get(name), gradient, self._beta)
-        return self.state[name]
+        self.state["m"] = _mean(self.state.get("m"), gradient_N, self._beta)
+        return self.state["m"]
 
 
 class Adam:
@@ -50,21 +50,21 @@ class Adam:
         self._beta1, self._beta2, self._epsilon = beta1, beta2, epsilon
         self.state: dict[str, Tensor] = {}
 
-    def step(self, name: str, gradient: Tensor) -> Tensor:
+    def step(self, gradient_N: Tensor) -> Tensor:
         """See `Optimizer.step`."""
         state = self.state
-        first = state[f"{name}.m"] = _mean(state.get(f"{name}.m"), gradient, self._beta1)
-        second = state[f"{name}.v"] = _mean(state.get(f"{name}.v"), gradient * gradient, self._beta2)
-        count = state[f"{name}.t"] = state.get(f"{name}.t", torch.zeros(1)) + 1
+        first_N = state["m"] = _mean(state.get("m"), gradient_N, self._beta1)
+        second_N = state["v"] = _mean(state.get("v"), gradient_N * gradient_N, self._beta2)
+        count = state["t"] = state.get("t", torch.zeros(1)) + 1
         steps = int(count)
         # Products with a number's inverse, by which a GPU replaces divisions: the bits are those of any device.
-        root = (second * (1 / (1 - self._beta2**steps))).double().sqrt().float()
-        return first * (1 / (1 - self._beta1**steps)) / (root + self._epsilon)
+        root_N = (second_N * (1 / (1 - self._beta2**steps))).double().sqrt().float()
+        return first_N * (1 / (1 - self._beta1**steps)) / (root_N + self._epsilon)
 
 
-def _mean(before: Tensor | None, value: Tensor, beta: float) -> Tensor:
-    share = value * (1 - beta)
-    return share if before is None else before * beta + share
+def _mean(before_N: Tensor | None, value_N: Tensor, beta: float) -> Tensor:
+    share_N = value_N * (1 - beta)
+    return share_N if before_N is None else before_N * beta + share_N
 
 
 def make_optimizer(config: MeZOConfig) -> Momentum | Adam | None:
@@ -88,4 +88,4 @@ def load_state(folder: Path, device: torch.device) -> dict[str, Tensor]:
     if not (folder / STATE_FILE).exists():
         raise UserError(f"{folder} has no {STATE_FILE}: it cannot be resumed with this optim")
     tensors: dict[str, Tensor] = load_file(folder / STATE_FILE)
-    return {name: t if name.endswith(".t") else t.to(device) for name, t in tensors.items()}
+    return {name: t if name == "t" else t.to(device) for name, t in tensors.items()}

@@ -38,6 +38,7 @@ class ParameterSpace:
     _norms: dict[int, dict[str, float]] = field(default_factory=dict, repr=False, compare=False)
     _segments: philox.Segments | None = field(default=None, repr=False, compare=False)
     _table: Tensor | None = field(default=None, repr=False, compare=False)
+    _gradient: tuple[Tensor, philox.Segments] | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name, parameter in self.parameters.items():
@@ -123,15 +124,23 @@ class ParameterSpace:
 
     def _update_by(self, optimizer: Optimizer, records: Sequence[Record], keep: float) -> None:
         """The optimizer sees Σ coefficient · z of the step."""
-        estimates = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in self.parameters.items()}
-        tensors = list(estimates.values())
-        segments = philox.Segments(tensors, tensors, self.streams())
+        tensors = [p.detach() for p in self.parameters.values()]
+        sizes = [t.numel() for t in tensors]
+        if self._gradient is None:
+            assert all(t.dtype == torch.float32 for t in tensors)
+            gradient_N = torch.empty(sum(sizes), device=tensors[0].device)
+            parts = gradient_N.split(sizes)
+            self._gradient = gradient_N, philox.Segments(parts, parts, self.streams())
+        gradient_N, segments = self._gradient
+        gradient_N.zero_()
         for record in records:
-            segments.add_normals([record.coefficient * self.scale(n, record.seed) for n in estimates], record.seed)
-        for name, parameter in self.parameters.items():
-            assert parameter.dtype == torch.float32, name
-            step = optimizer.step(name, estimates[name]) * records[0].learning_rate
-            parameter.detach().mul_(keep if parameter.ndim >= 2 else 1.0).sub_(step)
+            segments.add_normals(
+                [record.coefficient * self.scale(n, record.seed) for n in self.parameters], record.seed
+            )
+        steps = (optimizer.step(gradient_N) * records[0].learning_rate).split(sizes)
+        if keep != 1.0:
+            torch._foreach_mul_([t for t in tensors if t.ndim >= 2], keep)
+        torch._foreach_sub_(tensors, [step.view_as(t) for step, t in zip(steps, tensors, strict=True)])
 
     def streams(self) -> list[int]:
         """The direction's stream of each parameter."""
