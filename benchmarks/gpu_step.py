@@ -45,7 +45,10 @@ SHAPES = {
     ),
 }  # fmt: skip
 METHODS = {"low rank": {"direction": "low_rank"}, "LoRA": {"use_peft": True}, "dense": {}}
-SIZES = [(1, 128), (4, 128), (16, 128), (16, 400)]
+METHODS |= {
+    f"{name}, {n} queries": {**METHODS[name], "num_queries": n} for name in ("low rank", "LoRA") for n in (2, 4, 8)
+}
+SIZES = ["1x128", "4x128", "16x128", "16x400"]
 
 
 def make_folder(shape: str, parent: str) -> str:
@@ -59,7 +62,8 @@ def make_folder(shape: str, parent: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["opt-13b", "llama-8b", "opt-1.3b", "opt-125m"])
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["low rank", "LoRA", "dense"])
+    parser.add_argument("--sizes", nargs="+", default=SIZES, help="rows x tokens")
     parser.add_argument("--repeats", type=int, default=8)
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
@@ -68,7 +72,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as parent:
         for shape in arguments.shapes:
             folder = make_folder(shape, parent)
-            for (method, values), (count, tokens) in ((m, s) for m in methods.items() for s in SIZES):
+            for (method, values), size in ((m, s) for m in methods.items() for s in arguments.sizes):
+                count, tokens = map(int, size.split("x"))
                 options = BenchOptions(
                     model_name_or_path=folder, random_weights=True, rows=count, tokens=tokens,
                     repeats=arguments.repeats, dtype="bfloat16" if torch.cuda.is_available() else "float32", **values,
@@ -80,7 +85,7 @@ def main() -> None:
                     memory = f"{m.peak_memory / plain:.3f}"
                     rows.append({"model": shape, "method": method, "rows": count, "tokens": tokens, **figures,
                                  "memory_ratio": memory})  # fmt: skip
-                    print(f"{shape:9} {method:9} {count:3} x {tokens:4} {m.what:19} {m.milliseconds:9.2f} ms "
+                    print(f"{shape:9} {method:19} {count:3} x {tokens:4} {m.what:19} {m.milliseconds:9.2f} ms "
                           f"{m.ratio:7.3f}  memory {memory}", flush=True)  # fmt: skip
                 gc.collect()
                 if torch.cuda.is_available():

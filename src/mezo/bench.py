@@ -53,6 +53,7 @@ class BenchOptions:
         lora_r: Rank of LoRA.
         direction: dense, low_rank or subspace, see `mezo train`.
         direction_rank: Rank of low_rank.
+        num_queries: Directions of a step of mezo, each with both signs.
         repeats: Timed repetitions of each; the median is reported.
         dtype: Weights' type.
         attn_implementation: transformers' attention: sdpa, eager, …
@@ -69,6 +70,7 @@ class BenchOptions:
     lora_r: int = 8
     direction: Literal["dense", "low_rank", "subspace"] = "dense"
     direction_rank: int = 2
+    num_queries: int = 1
     repeats: int = 10
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     attn_implementation: str | None = None
@@ -97,7 +99,7 @@ class Measurement:
         low: 20th percentile.
         high: 80th percentile.
         ratio: median over that of two plain forward passes.
-        tokens_per_second: input tokens of the batch, under both signs, per second.
+        tokens_per_second: input tokens of the batch, under both signs of every direction, per second.
         traffic: bytes of weights that the method reads and writes, per second, in GB; of the method's definition, not
             of a counter.
         bandwidth: the same as a share of the machine's copy bandwidth.
@@ -117,14 +119,14 @@ class Measurement:
 
 def run(options: BenchOptions) -> list[Measurement]:
     """Measures everything; the methods take turns, so that a change of clock speed meets all of them."""
-    if options.tokens < 2 or options.rows < 1 or options.repeats < 2:
-        raise UserError("bench needs at least 1 row of 2 tokens and 2 repeats")
+    if options.tokens < 2 or min(options.rows, options.num_queries) < 1 or options.repeats < 2:
+        raise UserError("bench needs at least 1 row of 2 tokens, 1 query and 2 repeats")
     engine = make_bench_engine(options)
     examples = make_examples(options, engine)
     bare = TorchEngine(engine._transformer, engine.tokenizer)  # no low-rank part, no copies
     methods: dict[str, tuple[Callable[[int], object], float]] = {
         "two plain forwards": (lambda _: two_forwards(engine, bare, examples), 2.0),
-        "a step of mezo": (lambda step: mezo_step(engine, examples, step), _passes(options)),
+        "a step of mezo": (lambda step: mezo_step(engine, examples, step, options.num_queries), _passes(options)),
         "original algorithm": (lambda step: original_step(engine, examples, step), 2.0 + 8.0 * (not options.use_peft)),
     }
     if engine.model.device.type == "cuda":
@@ -147,10 +149,11 @@ def run(options: BenchOptions) -> list[Measurement]:
         median = statistics.median(times[name])
         quantiles = statistics.quantiles(times[name], n=5, method="inclusive")  # two repeats are enough
         traffic = passes * weight_bytes / median / 1e9
+        tokens = 2 * options.rows * options.tokens * (options.num_queries if name == "a step of mezo" else 1)
         rows.append(
             Measurement(
                 name, median * 1e3, quantiles[0] * 1e3, quantiles[3] * 1e3, median / base,
-                2 * options.rows * options.tokens / median, traffic, traffic / copies, peaks[name],
+                tokens / median, traffic, traffic / copies, peaks[name],
             )
         )  # fmt: skip
     return rows
@@ -194,13 +197,13 @@ def two_forwards(
                 _plain_loss(bare, examples)
 
 
-def mezo_step(engine: TorchEngine, examples: Sequence[Example], step: int) -> None:
-    """Probes, losses, coefficient and update, as in training."""
-    estimator = TwoPoint(seed=0, epsilon=_EPSILON)
+def mezo_step(engine: TorchEngine, examples: Sequence[Example], step: int, num_queries: int = 1) -> None:
+    """Probes, losses, coefficients and update, as in training."""
+    estimator = TwoPoint(seed=0, epsilon=_EPSILON, num_queries=num_queries)
     probes = estimator.probes(step)
     losses = [batch_loss(examples, losses_N) for losses_N in engine.losses(examples, probes)]
-    (outcome,) = estimator.outcomes(probes, losses)
-    engine.update([Record(step, *outcome, _LEARNING_RATE, 0, len(examples))])
+    outcomes = enumerate(estimator.outcomes(probes, losses))
+    engine.update([Record(step, *o, _LEARNING_RATE, 0, len(examples), n, num_queries) for n, o in outcomes])
 
 
 @torch.no_grad()
@@ -229,7 +232,7 @@ def _plain_loss(engine: TorchEngine, examples: Sequence[Example]) -> float:
 def _passes(options: BenchOptions) -> float:
     """Passes over the weights: low-rank directions read them once; dense ones are read, written to scratch and read
     again under each sign, and the update reads and writes them."""
-    return 1.0 if options.use_peft or options.direction != "dense" else 7.0
+    return 1.0 if options.use_peft or options.direction != "dense" else 2.0 + 5.0 * options.num_queries
 
 
 def timed(function: Callable[[], object], device: torch.device) -> float:
