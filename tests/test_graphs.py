@@ -96,3 +96,24 @@ def test_groups_of_few_shapes(model_folder, monkeypatch):
     assert {len(group) % 4 for group in static._groups(batch, 16)} == {0}
     monkeypatch.setattr("mezo.engines.torch.engine._STATIC_FLOPS", 1.0)
     assert {len(group) % 4 for group in static._groups(batch, 16)} != {0}
+
+
+@pytest.mark.parametrize("kind", ["lora", "low_rank"])
+def test_probes_share_the_memory_of_one(model_folder, monkeypatch, kind):
+    """Many probes on a filled GPU: each pass holds as many tokens as plain inference on the same rows."""
+    static, examples = engine_for(model_folder("opt"), "opt", KINDS[kind])
+    plain, _ = engine_for(model_folder("opt"), "opt", KINDS[kind])
+    as_on_gpu(static)
+    monkeypatch.setattr("mezo.engines.torch.engine._STATIC_FLOPS", 1.0)
+    probes, batch, sizes = TwoPoint(7, 0.05, 2).probes(0), examples[:6], []
+    inference = sum(len(e.sequences) for e in batch) * max(len(s.input_ids) for e in batch for s in e.sequences)
+    static._transformer.get_input_embeddings().register_forward_hook(lambda _, x, __: sizes.append(x[0].numel()))
+    losses = {}
+    for filling in (0, 1 << 20):
+        monkeypatch.setattr("mezo.engines.torch.engine._FILLING_TOKENS", filling)
+        monkeypatch.setattr("mezo.engines.torch.engine._FILLING_FLOPS", 0)
+        sizes.clear()
+        losses[filling] = static.losses(batch, probes)
+        assert (max(sizes) <= inference) == (filling == 0)
+    for found in losses.values():
+        assert (found - plain.losses(batch, probes)).abs().max() < TOLERANCE

@@ -47,6 +47,8 @@ logger = logging.getLogger(__name__)
 _COPY_BYTES = 1 << 30  # memory of a GPU for whole copies of a small model's parameters
 # A pass of fewer floating-point operations is launched as a CUDA graph: a GPU needs 0.1 to 1 s for more.
 _STATIC_FLOPS = 1e14
+# A pass of as many tokens and floating-point operations fills a GPU; more of both at once are no faster.
+_FILLING_TOKENS, _FILLING_FLOPS = 4096, 5e12
 
 
 class Past(NamedTuple):
@@ -154,10 +156,9 @@ class TorchEngine:
         """See `Engine.losses`."""
         losses_PN = torch.empty(len(probes), len(examples))
         self.work.asked += len(probes) * sum(e.num_tokens for e in examples)
-        groups = self._groups(examples, self.train_batch_size)
         first = 0
         for some in self._together(probes):
-            for group_G in groups:
+            for group_G in self._groups(examples, self.train_batch_size, len(some)):
                 part = [examples[n] for n in group_G]
                 for p, score in enumerate(self._fitting(part, some, greedy=False), first):
                     losses_PN[p, group_G] = loss(part, score.logprobs_T)
@@ -303,21 +304,34 @@ class TorchEngine:
             return Copies(self.space, self._copies, probes)
         return Dense(self.space, probes) if moved else None
 
-    def _groups(self, examples: Sequence[Example], batch_size: int) -> list[list[int]]:
+    def _groups(self, examples: Sequence[Example], batch_size: int, num_probes: int = 1) -> list[list[int]]:
         """Indices of the examples of each forward pass: at most `batch_size`, of similar length."""
         groups: list[list[int]] = []
         for first in range(0, len(examples), batch_size):
             part = examples[first : first + batch_size]
             shapes = [(len(e.sequences), max(len(s.input_ids) - s.adapter_start for s in e.sequences)) for e in part]
-            parts = length_groups(shapes, self._pass_cost, self._most_tokens, self._group_step(shapes))
+            most_tokens = min(self._most_tokens, self._most_tokens_of(num_probes, shapes))
+            parts = length_groups(shapes, self._pass_cost, most_tokens, self._group_step(shapes, most_tokens))
             groups += [[first + n for n in group] for group in parts]
         return groups
 
-    def _group_step(self, shapes: Sequence[tuple[int, int]]) -> int:
+    def _most_tokens_of(self, num_probes: int, shapes: Sequence[tuple[int, int]]) -> float:
+        """Rows × longest row with which several probes take no more memory than one on all rows, if they fill the GPU.
+
+        Not where the weights are formed anew in each pass.
+        """
+        formed = self._lora is None and self._low_rank is None and self._copies is None
+        if self._graphs is None or formed:
+            return math.inf
+        tokens = sum(rows for rows, _ in shapes) * max(longest for _, longest in shapes)
+        filling = max(_FILLING_TOKENS, _FILLING_FLOPS / self._pass_flops)
+        return float(max(tokens, filling)) / num_probes
+
+    def _group_step(self, shapes: Sequence[tuple[int, int]], most_tokens: float) -> int:
         """What numbers of examples of a pass are multiples of: passes that become graphs shall be of few shapes."""
         tokens = sum(rows * longest for rows, longest in shapes)
         is_small = self._graphs is not None and tokens * self._pass_flops < _STATIC_FLOPS
-        return max(1, len(shapes) // 4) if is_small and math.isinf(self._most_tokens) else 1
+        return max(1, len(shapes) // 4) if is_small and tokens <= most_tokens else 1
 
     @property
     def _pass_cost(self) -> int:

@@ -28,9 +28,9 @@ from mezo.estimator import Probe
 from mezo.kernels.layers import layer_norm
 
 # Elements of a linear layer's weight that are formed at once. On a CPU 8 MiB of scratch for each probe; on a GPU
-# enough for one matrix product to fill it.
+# a hundredth of the model, which leaves memory as it is, but enough for one matrix product to fill it.
 _LINEAR_BLOCK = 1 << 21
-_LINEAR_BLOCK_GPU = 1 << 27
+_LINEAR_BLOCK_GPU = (1 << 23, 1 << 27)  # least and most
 _ALIGNED = 64  # outputs of a block: tensor cores want addresses that are
 
 # Models whose every read of a parameter is one of the functions below, with rows in the first dimension: tested.
@@ -223,6 +223,7 @@ class Dense:
         self.num_probes = len(probes)
         self.read_names: set[str] = set()
         self._names = {id(p): name for name, p in space.parameters.items()}
+        self._num_parameters = space.num_parameters()
 
     def trains(self, value: object) -> bool:
         """See `Weights.trains`."""
@@ -235,7 +236,8 @@ class Dense:
             assert bias_PO is not None
             return torch.stack([torch.addmm(*arguments) for arguments in zip(bias_PO, x_PNI, weights_PIO, strict=True)])
         num_out, num_in = weight.shape
-        block = _LINEAR_BLOCK_GPU if weight.is_cuda else _LINEAR_BLOCK
+        least, most = _LINEAR_BLOCK_GPU
+        block = max(least, min(most, self._num_parameters // 100)) if weight.is_cuda else _LINEAR_BLOCK
         rows = max(_ALIGNED, block // num_in // _ALIGNED * _ALIGNED)
         y_PNO = x_PNI.new_empty(*x_PNI.shape[:2], num_out)
         for first in range(0, num_out, rows):
