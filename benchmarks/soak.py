@@ -4,7 +4,8 @@
 
 Logging, evaluation and checkpoints are on, LoRA is trained with Adam, so that everything that could grow is there:
 caches of prompts, logs, optimizer state, files. Resident memory is read from /proc after a collection of garbage. Ends
-with status 1 if, after the first fifth of the run, memory grew by more than --max_growth MiB or a file stayed open.
+with status 1 if, after the first fifth of the run, memory grew by more than --max_growth percent, a file stayed open, or
+a step got slower by more than --max_slower percent: the last fifth against the second.
 """
 
 import argparse
@@ -32,7 +33,7 @@ class Watch(TrainerCallback):
     """A row of figures at the end of each window of steps."""
 
     def __init__(self, window: int):
-        self.window, self.rows = window, list[dict[str, object]]()
+        self.window, self.rows = window, list[dict[str, float]]()
         self._times: list[float] = []
         self._started = 0.0
 
@@ -78,7 +79,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=20_000)
     parser.add_argument("--window", type=int, default=1000)
-    parser.add_argument("--max_growth", type=float, default=20.0)
+    parser.add_argument("--max_growth", type=float, default=1.0)
+    parser.add_argument("--max_slower", type=float, default=5.0)
     parser.add_argument("--output", default=str(Path(__file__).parent / "results" / "soak.csv"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -89,12 +91,21 @@ def main() -> None:
         writer = csv.DictWriter(file, [*watch.rows[0], *provenance()])
         writer.writeheader()
         writer.writerows({**row, **provenance()} for row in watch.rows)
-    settled, last = watch.rows[len(watch.rows) // 5], watch.rows[-1]
-    growth = float(str(last["rss_mib"])) - float(str(settled["rss_mib"]))
-    files = int(str(last["open_files"])) - int(str(settled["open_files"]))
-    print(f"from step {settled['step']} to {last['step']}: {growth:+.1f} MiB, {files:+d} open files")
-    if growth > arguments.max_growth or files > 0:
+    growth, files, slower = change(watch.rows)
+    print(f"after the first fifth: {growth:+.2f} % memory, {files:+d} open files, {slower:+.1f} % time of a step")
+    if growth > arguments.max_growth or files > 0 or slower > arguments.max_slower:
         raise SystemExit(1)
+
+
+def change(rows: list[dict[str, float]]) -> tuple[float, int, float]:
+    """From the first fifth to the end: percent of memory, open files, percent of a step's time."""
+    fifth = max(1, len(rows) // 5)
+    settled, last = rows[fifth - 1], rows[-1]
+    before, after = (
+        statistics.median(row["step_ms"] for row in part) for part in (rows[fifth : 2 * fifth], rows[-fifth:])
+    )
+    growth = 100 * (last["rss_mib"] / settled["rss_mib"] - 1)
+    return growth, int(last["open_files"] - settled["open_files"]), 100 * (after / before - 1)
 
 
 if __name__ == "__main__":
