@@ -1,30 +1,38 @@
 """Runs that are ended again and again against runs that are not: weights and journals must have the same bits.
 
-    python benchmarks/kill_rounds.py [--rounds 100] [--seed 0]
+    python benchmarks/kill_rounds.py [--rounds 100] [--seed 0] [--load 2] [--output FILE.csv]
 
 Every parameter space trains a small encoder in child processes that SIGKILL, SIGTERM and Ctrl-C end at random instants;
-each child resumes where the last one was ended. The rounds are shared out over the spaces. The model and the rows are
-those of the tests. Ends with status 1 at the first difference.
+each child resumes where the last one was ended, beside `--load` processes that compute and write to the same disk. The
+rounds are shared out over the spaces. The model and the rows are those of the tests. Ends with status 1 at the first
+difference.
 """
 
 import argparse
+import csv
+import hashlib
 import json
+import multiprocessing
+import os
 import random
 import signal
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from provenance import provenance
 from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mezo import api, journal
-from mezo.config import MeZOConfig
+from mezo import journal
 from tests import kill_loop
 from tests.conftest import _MODELS, SENTIMENT_ROWS, make_tokenizer
 
+Row = dict[str, object]
 LOW_RANK = {"direction": "low_rank", "direction_refresh_steps": 20, "learning_rate": 1e-3 - 1e-6}
 LORA = {"use_peft": True, "learning_rate": 1e-3}
 SPACES: dict[str, dict[str, object]] = {
@@ -62,8 +70,33 @@ def same(first: Path, second: Path) -> bool:
     return equal and journal.read(first / "journal").steps == journal.read(second / "journal").steps
 
 
-def check(space: str, options: dict[str, object], folder: Path, num_kills: int, generator: random.Random) -> int:
-    """One space; returns the rounds that were ended."""
+def burn(path: Path) -> None:
+    """Computes and writes until it is ended."""
+    data = bytes(1 << 20)
+    while True:
+        with path.open("wb") as file:
+            for _ in range(16):
+                file.write(data)
+                data = hashlib.sha256(data).digest() * (1 << 15)
+            os.fsync(file.fileno())
+
+
+@contextmanager
+def load(count: int, folder: Path) -> Iterator[None]:
+    """That many processes beside."""
+    context = multiprocessing.get_context("spawn")  # the rounds fork
+    processes = [context.Process(target=burn, args=(folder / f"load-{n}",), daemon=True) for n in range(count)]
+    for process in processes:
+        process.start()
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def check(space: str, options: dict[str, object], folder: Path, num_kills: int, generator: random.Random) -> Row:
+    """One space."""
     straight, killed, steps = folder / "straight", folder / "killed", 150 * num_kills
     common = {
         "model_name_or_path": str(folder.parent / "model"), "dataset_name": str(folder.parent / "rows.jsonl"),
@@ -75,30 +108,42 @@ def check(space: str, options: dict[str, object], folder: Path, num_kills: int, 
         again = {**common, "output_dir": str(killed), "max_steps": steps, "resume_from_checkpoint": True}
         kills += kill_loop.run(again, num_kills - kills, generator, longest=2.5)
         steps = steps if kills >= num_kills else 2 * steps
-    api.build_trainer(MeZOConfig.from_dict({**common, "output_dir": str(straight), "max_steps": steps})).train()
+    kill_loop.run({**common, "output_dir": str(straight), "max_steps": steps}, 0, generator)
     if not same(straight, killed):
         raise SystemExit(f"{space}: the resumed run differs from the straight one")
     print(f"{space:26} {kills:4} rounds ended, {steps:6} steps, same bits", flush=True)
-    return kills
+    return {"space": space, "rounds": kills, "steps": steps, "result": "same bits"}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--load", type=int, default=2)
+    parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # the last bits of a forward pass depend on the number of threads
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a background job
-    generator, each, kills = random.Random(arguments.seed), -(-arguments.rounds // len(SPACES)), 0
-    with tempfile.TemporaryDirectory() as name:
-        make_model(Path(name) / "model")
+    generator, each = random.Random(arguments.seed), -(-arguments.rounds // len(SPACES))
+    found: list[Row] = []
+    with tempfile.TemporaryDirectory() as name, load(arguments.load, Path(name)):
+        # Not here: threads that have run in this process break PyTorch in the children that it forks.
+        child = multiprocessing.get_context("fork").Process(target=make_model, args=(Path(name) / "model",))
+        child.start()
+        child.join()
         rows = "".join(json.dumps(row) + "\n" for row in SENTIMENT_ROWS)
         (Path(name) / "rows.jsonl").write_text(rows)
         for space, options in SPACES.items():
             folder = Path(name) / space.replace(", ", "-").replace(" ", "-")
             folder.mkdir()
-            kills += check(space, options, folder, each, generator)
-    print(f"{kills} rounds, no difference")
+            found.append(check(space, options, folder, each, generator))
+    print(f"{sum(int(str(row['rounds'])) for row in found)} rounds, no difference")
+    if arguments.output:
+        facts = {"seed": arguments.seed, "load": arguments.load, **provenance()}
+        with arguments.output.open("w", newline="") as file:
+            writer = csv.DictWriter(file, [*found[0], *facts])
+            writer.writeheader()
+            writer.writerows({**row, **facts} for row in found)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@
 
 Logging, evaluation and checkpoints are on, LoRA is trained with Adam, so that everything that could grow is there:
 caches of prompts, logs, optimizer state, files. Resident memory is read from /proc after a collection of garbage. Ends
-with status 1 if, after the first fifth of the run, memory grew by more than --max_growth percent, a file stayed open, or
-a step got slower by more than --max_slower percent: the last fifth against the second.
+with status 1 if, after the first fifth of the run, memory grew by more than --max_growth percent, a file stayed open,
+or a step got slower by more than --max_slower percent: the last fifth against the second.
 """
 
 import argparse
