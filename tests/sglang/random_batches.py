@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from mezo.activation import activate
-from mezo.engines.sglang.scoring import Row, waves
 from mezo.estimator import Record, TwoPoint
 from mezo.objective import Example, Target, TokenSequence, common_prefix
 from tests.sglang.jobs import engine_on, model_runner
@@ -31,17 +30,16 @@ def batch(generator: random.Random, *, activated: bool) -> list[Example]:
 
 
 def expected_tokens(examples: list[Example]) -> int:
-    """Tokens that two probes compute: of each row what no row of an earlier wave has computed."""
-    table = [Row(name, s, "") for name in "+-" for e in examples for s in e.sequences]
+    """Tokens that two probes compute: a row borrows from the first with its prompt, or from the first of all."""
     computed = 0
-    earlier: list[int] = []
-    for wave in waves(table, 0):
-        for i in wave:
-            ids, limit = table[i].sequence.input_ids, table[i].sequence.read_start
-            others = [table[j].sequence.input_ids for j in earlier if table[j].name == table[i].name]
-            computed += len(ids) - max((common_prefix([ids[:limit], other]) for other in others), default=0)
-        earlier += wave
-    return computed
+    firsts: dict[tuple[int, ...], tuple[int, ...]] = {}
+    for sequence in (s for e in examples for s in e.sequences):
+        ids = sequence.input_ids
+        prompt = ids[: sequence.read_start]
+        lenders = [firsts[prompt]] if prompt in firsts else list(firsts.values())[:1]
+        computed += len(ids) - max((common_prefix([prompt, lender]) for lender in lenders), default=0)
+        firsts.setdefault(prompt, ids)
+    return 2 * computed
 
 
 def run(model: str, out: str, start: str) -> None:

@@ -89,11 +89,13 @@ class Scorer:
     Args:
         submit: starts a body of POST /generate that asks for prefill only; what it returns gives the answers.
         wave_cost: what one more request costs, in tokens.
+        shares_within_batch: rows of one body share what is not cached yet; then one body is enough.
     """
 
-    def __init__(self, submit: Submit, wave_cost: int):
+    def __init__(self, submit: Submit, wave_cost: int, shares_within_batch: bool = False):
         self._submit = submit
         self._wave_cost = wave_cost
+        self._in_waves = not shares_within_batch
         self._prompts: set[tuple[str, tuple[int, ...]]] = set()  # (key, tokens) that the base model has computed
         self._computed = 0
 
@@ -111,7 +113,7 @@ class Scorer:
 
     def _ordinary(self, rows: Sequence[Row], share: bool, greedy: bool) -> list[dict[str, Any]]:
         answers: list[dict[str, Any]] = [{}] * len(rows)
-        parts = waves(rows, self._wave_cost) if share else [list(range(len(rows)))]
+        parts = waves(rows, self._wave_cost) if share and self._in_waves else [list(range(len(rows)))]
         # All are started before the first is read, so that preparing one overlaps with computing the one before.
         started = [self._submit(rows_body([rows[i] for i in wave], int(greedy))) for wave in parts]
         for wave, found in zip(parts, started, strict=True):
@@ -150,7 +152,7 @@ class Scorer:
         """Has the base model compute the prompts that it has not computed yet."""
         wanted = dict.fromkeys((r.key, r.prompt) for r in rows if r.prompt)
         missing = [prompt for prompt in wanted if prompt not in self._prompts]
-        common = common_prefix([tokens for _, tokens in missing]) if missing and share else 0
+        common = common_prefix([tokens for _, tokens in missing]) if missing and share and self._in_waves else 0
         parts = [missing]
         if common * (len(missing) - 1) > self._wave_cost:
             beginning = (missing[0][0], missing[0][1][:common])

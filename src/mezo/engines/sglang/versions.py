@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 OLDEST, NEWEST = (0, 5, 17), (0, 5, 20)
 
+# Attention backends, by class, that write a layer's new keys and values before they read any; tested.
+_WRITE_BEFORE_READING = frozenset(["TritonAttnBackend", "TorchNativeAttnBackend"])
 _SMALL_TILE = 16  # the fewest rows of a tensor core's product
 
 # Where the plugin hooks in; `sglang.srt.plugins.hook_registry` resolves the names.
@@ -304,13 +306,24 @@ class Prefill:
     Args:
         model_runner: with memory pools and attention backends made.
         tree: the radix cache.
+
+    Attributes:
+        shares_within_batch: rows of one batch share what they begin with even where it is not cached yet. Each layer
+            writes all new keys and values before it reads any, so a row may read slots that another row of its batch
+            fills.
     """
 
     def __init__(self, model_runner: Any, tree: Any):
         self._runner = model_runner
         self._tree = tree
         self._count = 0
-        self._matches = _Matches(tree)
+        self.shares_within_batch = (
+            type(model_runner.attn_backend).__name__ in _WRITE_BEFORE_READING
+            and model_runner.server_args.page_size == 1
+            and hasattr(tree, "root_node")
+            and not tree.disable
+        )
+        self._matches = _Matches(tree, self.shares_within_batch)
         self._under_way = False
         arguments = model_runner.server_args
         chunk = arguments.chunked_prefill_size or 0  # what memory was set aside for
@@ -356,6 +369,7 @@ class Prefill:
         return [answer for part in parts for answer in part()]
 
     def _unlock(self, requests: Sequence[Any]) -> None:
+        self._matches.forget()
         for request in requests:
             self._tree.dec_lock_ref(request.last_node)
 
@@ -414,6 +428,7 @@ class Prefill:
             self._unlock(requests)
             raise
         try:
+            self._lend(requests, batch.req_pool_indices)
             if batch.input_ids is None:
                 batch.input_ids = batch.prefill_input_ids_cpu.to(batch.device)
                 batch.prefill_input_ids_cpu = None
@@ -426,9 +441,30 @@ class Prefill:
             return functools.partial(_read, requests, counts, output, body.get("top_logprobs_num", 0))
         finally:
             self._matches.forget()
-            for request in requests:
+            runner.token_to_kv_pool_allocator.free_group_begin()
+            for request in requests:  # in their order: lenders hand their slots to the tree before borrowers do
                 request.finished_len = 0
                 release_kv_cache(request, self._tree)
+            runner.token_to_kv_pool_allocator.free_group_end()
+
+    def _lend(self, requests: Sequence[Any], pool_rows_R: Tensor) -> None:
+        """Enters lenders' slots into the table of slots for the rows that begin like them."""
+        loans = self._matches.loans
+        numbers = {id(request): n for n, request in enumerate(requests)}
+        table = self._runner.req_to_token_pool.req_to_token
+        for lender_borrows in (False, True):  # the first row of a prompt may itself share a beginning common to all
+            loans_L3 = [
+                (numbers[id(request)], numbers[id(lender)], tokens)
+                for request, (lender, tokens) in ((r, loans[id(r)]) for r in requests if id(r) in loans)
+                if (id(lender) in loans) is lender_borrows
+            ]
+            if loans_L3:
+                borrowers, lenders, tokens_L = torch.tensor(loans_L3, device=table.device).unbind(1)
+                width = max(tokens for _, _, tokens in loans_L3)
+                shared_LT = torch.arange(width, device=table.device) < tokens_L[:, None]
+                rows = pool_rows_R[borrowers]
+                lent_LT = table[pool_rows_R[lenders], :width]
+                table[rows, :width] = torch.where(shared_LT, lent_LT, table[rows, :width])
 
 
 @contextlib.contextmanager
@@ -473,11 +509,24 @@ def _read(requests: Sequence[Any], counts: Sequence[int], output: Any, top: int)
 
 
 class _Matches:
-    """A radix cache that looks each prefix of a batch up once; its nodes stay as they are until the batch has run."""
+    """A radix cache that looks each prefix of a batch up once; its nodes stay as they are until the batch has run.
 
-    def __init__(self, tree: Any):
+    Args:
+        tree: the radix cache.
+        within_batch: a row also finds what an earlier row of its batch will have computed, see `loans`: the first row
+            with the same prompt, else the first one of all.
+
+    Attributes:
+        loans: for a request (by id) that begins like an earlier one: that one, and how many tokens they share.
+    """
+
+    def __init__(self, tree: Any, within_batch: bool):
         self._tree = tree
+        self._within_batch = within_batch
         self._found: dict[tuple[bytes, str | None], Any] = {}
+        self._firsts: dict[str | None, dict[bytes, Any]] = {}  # by key, then by prompt
+        self._no_slots = torch.zeros(0, dtype=torch.int64)
+        self.loans: dict[int, tuple[Any, int]] = {}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._tree, name)
@@ -485,6 +534,8 @@ class _Matches:
     def forget(self) -> None:
         """The batch has run."""
         self._found.clear()
+        self._firsts.clear()
+        self.loans.clear()
 
     def match_prefix(self, params: Any) -> Any:
         """See SGLang's `RadixCache.match_prefix`."""
@@ -492,7 +543,32 @@ class _Matches:
         custom = params.req.sampling_params.custom_params
         if custom:
             (length, key), params.req.skip_radix_cache_insert = next(iter(custom.values())), True
-        where = (params.key.token_ids[:length].tobytes(), key)
-        if where not in self._found:
-            self._found[where] = self._tree.match_prefix(params)
-        return self._found[where]
+        prompt = params.key.token_ids[:length].tobytes()
+        if (prompt, key) not in self._found:
+            self._found[prompt, key] = self._tree.match_prefix(params)
+        found = self._found[prompt, key]
+        return self._with_loan(found, params.req, prompt, key) if self._within_batch and not custom else found
+
+    def _with_loan(self, found: Any, request: Any, prompt: bytes, key: str | None) -> Any:
+        firsts = self._firsts.setdefault(key, {})
+        lender = firsts.setdefault(prompt, request)
+        if lender is request:
+            lender = next(iter(firsts.values()))
+        tokens = _shared_tokens(lender.origin_input_ids.tobytes(), prompt) if lender is not request else 0
+        if tokens <= len(found.device_indices):
+            return found
+        self.loans[id(request)] = (lender, tokens)
+        if len(self._no_slots) < tokens:
+            self._no_slots = torch.zeros(2 * tokens, dtype=torch.int64, device=found.device_indices.device)
+        return found._replace(device_indices=self._no_slots[:tokens])
+
+
+def _shared_tokens(a: bytes, b: bytes) -> int:
+    """How many 8-byte tokens two rows have in common at their beginnings."""
+    low, high = 0, min(len(a), len(b)) // 8
+    if a[: 8 * high] == b[: 8 * high]:
+        return high
+    while high - low > 1:  # the first `low` are the same, the first `high` are not
+        middle = (low + high) // 2
+        low, high = (middle, high) if a[: 8 * middle] == b[: 8 * middle] else (low, middle)
+    return low

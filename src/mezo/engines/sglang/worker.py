@@ -206,7 +206,7 @@ class Worker:
             TokenSequence(tuple(ids), tuple(Target(position, token, 0) for position, token in targets), start)
             for ids, targets, start in new
         ]
-        self._scorer = self._scorer or Scorer(self._prefill, wave_cost)
+        self._scorer = self._scorer or Scorer(self._prefill, wave_cost, self._prefill.shares_within_batch)
         if not rows:
             return Scores([], [], 0)
         sequences = [self._sequences[number] for number in rows]
