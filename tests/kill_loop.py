@@ -1,8 +1,8 @@
 """Trains in child processes that are ended at random instants, until enough of them were; then lets one finish.
 
 Usage: python tests/kill_loop.py JOBS.json SEED, where jobs are pairs [config, number of kills]. Imports once and forks,
-so that a round costs no start-up. Signals take turns: SIGKILL, SIGTERM, SIGINT (Ctrl-C). Prints for each job how many
-children were ended.
+so that a round costs no start-up. Signals take turns: SIGKILL, SIGTERM, SIGINT (Ctrl-C). Prints for each job the steps
+of its run.
 """
 
 import json
@@ -40,7 +40,7 @@ def ended(child: int, deadline: float) -> int | None:
     return None
 
 
-def run(options: dict[str, object], num_kills: int, generator: random.Random, longest: float = 1.2) -> int:
+def run(options: dict[str, object], num_kills: int, generator: random.Random, longest: float) -> int:
     """Ends children within `longest` seconds after their start; returns how many were ended before one finished."""
     kills = 0
     while True:
@@ -69,6 +69,21 @@ def run(options: dict[str, object], num_kills: int, generator: random.Random, lo
             return kills
 
 
+def end_often(
+    options: dict[str, object], steps: int, num_kills: int, generator: random.Random, longest: float = 1.2
+) -> int:
+    """Ends children of one run until `num_kills` were; a run that finishes before goes on to twice its steps.
+
+    Returns:
+        The steps of the run.
+    """
+    kills = run({**options, "max_steps": steps}, num_kills, generator, longest)
+    while kills < num_kills:  # a machine faster than expected
+        steps *= 2
+        kills += run({**options, "max_steps": steps}, num_kills - kills, generator, longest)
+    return steps
+
+
 def main() -> None:
     with open(sys.argv[1]) as file:
         jobs = json.load(file)
@@ -76,7 +91,7 @@ def main() -> None:
     torch.set_num_threads(1)  # as in the tests: the last bits of a forward pass depend on the number of threads
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a background job
     for options, num_kills in jobs:
-        print(run(options, num_kills, generator))
+        print(end_often(options, options["max_steps"], num_kills, generator))
 
 
 if __name__ == "__main__":
