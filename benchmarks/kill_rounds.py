@@ -97,15 +97,16 @@ def load(count: int, folder: Path) -> Iterator[None]:
 
 def check(space: str, options: dict[str, object], folder: Path, num_kills: int, generator: random.Random) -> Row:
     """One space."""
-    straight, killed = folder / "straight", folder / "killed"
+    straight, killed, steps = folder / "straight", folder / "killed", 150 * num_kills
     common = {
         "model_name_or_path": str(folder.parent / "model"), "dataset_name": str(folder.parent / "rows.jsonl"),
         "template": "{text} it was [MASK] .", "label_words": {"0": "terrible", "1": "great"}, "validation_size": 0.2,
-        "per_device_train_batch_size": 4, "eval_steps": 60, "save_steps": 40, "disable_tqdm": True, **options,
+        "per_device_train_batch_size": 4, "eval_steps": 60, "save_steps": 40, "disable_tqdm": True,
+        "max_steps": steps, **options,
     }  # fmt: skip
     again = {**common, "output_dir": str(killed), "resume_from_checkpoint": True}
-    steps = kill_loop.end_often(again, 150 * num_kills, num_kills, generator, longest=2.5)
-    kill_loop.end_often({**common, "output_dir": str(straight)}, steps, 0, generator)
+    kill_loop.end_often(again, num_kills, generator, longest=2.5)
+    kill_loop.end_often({**common, "output_dir": str(straight)}, 0, generator)
     if not same(straight, killed):
         raise SystemExit(f"{space}: the resumed run differs from the straight one")
     print(f"{space:26} {num_kills:4} rounds ended, {steps:6} steps, same bits", flush=True)

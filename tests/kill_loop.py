@@ -1,13 +1,13 @@
 """Trains in child processes that are ended at random instants, until enough of them were; then lets one finish.
 
 Usage: python tests/kill_loop.py JOBS.json SEED, where jobs are pairs [config, number of kills]. Imports once and forks,
-so that a round costs no start-up. Signals take turns: SIGKILL, SIGTERM, SIGINT (Ctrl-C). Prints for each job the steps
-of its run.
+so that a round costs no start-up. Signals take turns: SIGKILL, SIGTERM, SIGINT (Ctrl-C).
 """
 
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -40,8 +40,18 @@ def ended(child: int, deadline: float) -> int | None:
     return None
 
 
-def run(options: dict[str, object], num_kills: int, generator: random.Random, longest: float) -> int:
-    """Ends children within `longest` seconds after their start; returns how many were ended before one finished."""
+def end_often(options: dict[str, object], num_kills: int, generator: random.Random, longest: float = 1.2) -> None:
+    """Ends children of one run until `num_kills` were, each within `longest` seconds after its start.
+
+    A run that finishes before, on a machine faster than expected, begins anew, and children are ended sooner.
+    """
+    while _run(options, num_kills, generator, longest) < num_kills:
+        shutil.rmtree(str(options["output_dir"]))
+        longest /= 2
+
+
+def _run(options: dict[str, object], num_kills: int, generator: random.Random, longest: float) -> int:
+    """How many children were ended before one finished."""
     kills = 0
     while True:
         child = os.fork()
@@ -54,7 +64,7 @@ def run(options: dict[str, object], num_kills: int, generator: random.Random, lo
             finally:
                 sys.stderr.flush()
                 os._exit(status)
-        wait = generator.uniform(0.1, longest) if kills < num_kills else 600
+        wait = generator.uniform(0.1 * longest, longest) if kills < num_kills else 600
         status = ended(child, time.monotonic() + wait)
         if status is None:
             os.kill(child, SIGNALS[kills % len(SIGNALS)])
@@ -69,21 +79,6 @@ def run(options: dict[str, object], num_kills: int, generator: random.Random, lo
             return kills
 
 
-def end_often(
-    options: dict[str, object], steps: int, num_kills: int, generator: random.Random, longest: float = 1.2
-) -> int:
-    """Ends children of one run until `num_kills` were; a run that finishes before goes on to twice its steps.
-
-    Returns:
-        The steps of the run.
-    """
-    kills = run({**options, "max_steps": steps}, num_kills, generator, longest)
-    while kills < num_kills:  # a machine faster than expected
-        steps *= 2
-        kills += run({**options, "max_steps": steps}, num_kills - kills, generator, longest)
-    return steps
-
-
 def main() -> None:
     with open(sys.argv[1]) as file:
         jobs = json.load(file)
@@ -91,7 +86,7 @@ def main() -> None:
     torch.set_num_threads(1)  # as in the tests: the last bits of a forward pass depend on the number of threads
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a background job
     for options, num_kills in jobs:
-        print(end_often(options, options["max_steps"], num_kills, generator))
+        end_often(options, num_kills, generator)
 
 
 if __name__ == "__main__":
