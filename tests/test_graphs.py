@@ -5,8 +5,8 @@ import torch
 
 from mezo import MeZOConfig
 from mezo.api import build_trainer
+from mezo.engines.torch.dense import Copies
 from mezo.engines.torch.graphs import Graphs, Shape
-from mezo.engines.torch.perturbed import Copies
 from mezo.estimator import TwoPoint
 from tests.conftest import SENTIMENT_ROWS
 from tests.test_low_rank import DIRECTIONS, TOLERANCE, noisy, numbers, options_for
@@ -74,7 +74,7 @@ def test_copies_within_memory(model_folder):
 @pytest.mark.parametrize(("rows", "bucket"), [(1, 1), (7, 7), (9, 10), (17, 20), (33, 40), (64, 64), (65, 80)])
 def test_buckets(rows, bucket):
     reads = -(-rows // 32) * 32
-    assert Shape.of(2, rows, 17, 0, rows, rows, False) == (2, bucket, 24, 0, reads, reads, False)
+    assert Shape.of(2, True, rows, 17, 0, rows, rows, False) == (2, True, bucket, 24, 0, reads, reads, False)
 
 
 def test_large_passes_are_not_captured(model_folder, monkeypatch):

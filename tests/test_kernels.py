@@ -10,9 +10,14 @@ pytest.importorskip("triton")
 
 # The interpreter is chosen when Triton is imported, so each check is a process of its own.
 PROLOGUE = """
-import contextlib, torch
+import contextlib, itertools, numpy, torch
+from triton.runtime import interpreter
 from mezo import philox
 from mezo.kernels import gpu
+def fma(self, x, y, z):  # the interpreter's own rounds twice
+    a, b, c = (torch.from_numpy(numpy.atleast_1d(t.data)) for t in (x, y, z))
+    return interpreter.TensorHandle(philox._fma(a, b, c).numpy().reshape(x.data.shape), x.dtype.scalar)
+interpreter.InterpreterBuilder.create_fma = fma
 torch.cuda.device = lambda device: contextlib.nullcontext()  # tensors stay on the CPU
 SEED, STREAM = 0x0123456789ABCDEF, 0xFEDCBA9876543210
 def reference(start, width):
@@ -41,24 +46,49 @@ for width, starts, dtype in cases:
 """)
 
 
-def test_add_normals_both():
-    interpreted("""
-cases = ((1, 3, "float32"), (1500, 2**33 + 2, "float32"), (1030, 7, "bfloat16"), (9, 0, "float16"))
-for width, start, dtype in cases:
-    dtype = getattr(torch, dtype)
-    plus, minus = gpu.add_normals_both(base(width, dtype), 1e-3, SEED, STREAM, torch.tensor([start]))
-    moved = 1e-3 * reference(start, width)
-    assert plus.dtype == minus.dtype == dtype
-    for found, exact in ((plus, base(width, dtype).float() + moved), (minus, base(width, dtype).float() - moved)):
-        if dtype == torch.bfloat16:  # the interpreter cuts bits off; a GPU rounds to nearest (benchmarks/gpu_check.py)
-            exact = (exact.view(torch.int32) & -65536).view(torch.float32)
-        assert torch.equal(found, exact.to(dtype))
-""")
+ROUNDED = """
+def rounded(exact, dtype):
+    if dtype == torch.bfloat16:  # the interpreter cuts bits off; a GPU rounds to nearest (benchmarks/gpu_check.py)
+        exact = (exact.view(torch.int32) & -65536).view(torch.float32)
+    return exact.to(dtype)
+seeds, factors = gpu.seeds_on([SEED, SEED, 7, 7], torch.device("cpu")), torch.tensor([1e-3, -1e-3, 0.5, -0.5])
+"""
+
+
+def test_perturb():
+    """Pairs and single probes, sizes that fill no program, an offset beyond 32 bits."""
+    interpreted(
+        ROUNDED
+        + """
+cases = ((1, 0, "float32"), (1500, 2**35 + 8, "float32"), (1030, 16, "bfloat16"), (9000, 0, "float16"))
+for (width, start, dtype), probes, paired in itertools.product(cases, (2, 4), (True, False)):
+    b = base(width, getattr(torch, dtype))
+    found = gpu.perturb(b, start, seeds[:probes], factors[:probes], STREAM, paired=paired)
+    for out, seed, factor in zip(found, (SEED, SEED, 7, 7), factors[:probes]):
+        z = philox.reference_normals(seed, STREAM, torch.tensor([start]), width)[0]
+        assert torch.equal(out, rounded(b.float() + factor * z, b.dtype))
+"""
+    )
+
+
+def test_perturb_rows():
+    interpreted(
+        ROUNDED
+        + """
+for width, dtype in ((8, torch.float32), (13, torch.float32), (1100, torch.bfloat16)):
+    table = base(5 * width, dtype).view(5, width)
+    ids = torch.tensor([[0, 3, 3], [4, 1, 0]])
+    found = gpu.perturb_rows(table, ids, seeds[1:3], factors[1:3], STREAM)
+    for p, (seed, factor) in enumerate(((SEED, factors[1]), (7, factors[2]))):
+        z = philox.reference_normals(seed, STREAM, torch.tensor([0]), 5 * width)[0].view(5, width)
+        assert torch.equal(found[p], rounded(table.float() + factor * z, dtype)[ids[p]])
+"""
+    )
 
 
 def test_add_normals_many():
     interpreted("""
-gpu.PIECE, gpu.REPEAT = 4096, 2
+gpu.PIECE, gpu.REPEAT = 8192, 2
 bases = [base(width, torch.float32) for width in (5, 1024, 9100)]
 outs = [torch.empty_like(b) for b in bases]
 streams = [STREAM, 1, 2**63]
@@ -77,7 +107,7 @@ def test_update_many(dtype):
         + """
 from mezo.engines.torch.space import ParameterSpace
 from mezo.estimator import Record
-gpu.PIECE, gpu.REPEAT = 4096, 2
+gpu.PIECE, gpu.REPEAT = 8192, 2
 start = {"v": base(5, dtype), "w": base(3000, dtype).view(3, 1000), "x": base(5050, dtype).view(1, 5050) * 1e-6}
 start["w"][0, :3] = torch.tensor([float("inf"), -float("inf"), float("nan")])
 records = [Record(0, seed, 0.0, 0.0, c, 1e-3, 1, 1) for seed, c in ((SEED, 0.7), (2**64 - 3, -0.2))]
@@ -94,19 +124,29 @@ for name in start:
     )
 
 
-def test_low_rank_offset():
-    """Strided biases, columns of h that do not count, sizes that fill no program."""
+def test_low_rank_sum():
+    """Strided biases, h between other columns, L of several matrices, sizes that fill no program."""
     interpreted("""
-from mezo.kernels import layers
+from mezo.kernels.layers import LowRankSum
 generator = torch.Generator().manual_seed(0)
-for probes, rows, out, rank, width in ((2, 33, 300, 2, 8), (1, 5, 7, 3, 3), (3, 64, 256, 1, 1)):
-    h = torch.randn(probes, rows, width, generator=generator)
-    left = torch.randn(probes, out, rank, generator=generator)
-    for bias in (None, torch.randn(probes, 2 * out, generator=generator)[:, ::2], torch.ones(out).expand(probes, out)):
-        expected = layers.low_rank_offset(h, left, bias)
-        assert (layers._offset_on_gpu(h, left, bias) - expected).abs().max() < 1e-5
-        short = layers._offset_on_gpu(h.bfloat16(), left, bias)
-        assert short.dtype == torch.bfloat16 and (short - expected).abs().max() < 0.1
+def randn(*size):
+    return torch.randn(size, generator=generator)
+for probes, rows, out, rank in ((2, 33, 300, 2), (1, 5, 7, 3), (3, 64, 256, 1)):
+    y, residual = randn(2, probes, rows, out)
+    h, left = randn(probes, rows, 8)[..., 1 : 1 + rank], randn(probes, out + 9, rank)[:, 9:]
+    for bias in (None, randn(probes, 2 * out)[:, ::2], torch.ones(out).expand(probes, out)):
+        sums = LowRankSum(y, h, left, bias)
+        for options in ({}, {"relu": True}, {"scale": 0.3}, {"residual_PNO": residual}):
+            gpu.enabled = lambda: False
+            expected = sums.then(**options)
+            gpu.enabled = lambda: True
+            assert (sums._on_gpu(torch.empty_like(y), **options) - expected).abs().max() < 1e-5
+        short = LowRankSum(y.bfloat16(), h.bfloat16(), left, bias)
+        found = short._on_gpu(torch.empty_like(short.y_PNO))
+        assert (found - sums.then()).abs().max() < 0.1
+        exact, copy = sums.then(), LowRankSum(y.clone(), h, left, bias)
+        copy._on_gpu(copy.y_PNO)
+        assert (copy.y_PNO - exact).abs().max() < 1e-5
 """)
 
 

@@ -6,16 +6,18 @@ import math
 
 import pytest
 import torch
+from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mezo import MeZOConfig, UserError, mezo_finetune, philox
 from mezo.api import build_trainer, replay
-from mezo.engines.torch import perturbed
+from mezo.engines.torch import dense
 from mezo.engines.torch.engine import TorchEngine
 from mezo.engines.torch.low_rank import LowRank
 from mezo.engines.torch.perturbed import BATCHED_MODELS, PerturbedForward
 from mezo.engines.torch.space import ParameterSpace
 from mezo.estimator import Probe, Record, TwoPoint
+from mezo.kernels.layers import LowRankSum
 from tests.conftest import SENTIMENT_ROWS
 
 MODELS = ["llama", "opt", "gpt2", "bert", "roberta"]
@@ -184,8 +186,8 @@ def test_a_probe_in_half_precision_is_not_lost(model_folder):
     engine = trainer.engine
     engine.update(numbers([(Probe(5, 0), 400.0)]))
     weights = engine._low_rank.probes([Probe(6, 1e-4), Probe(6, -1e-4)])
-    left_PRr, right_kC = weights._factors(next(p for p in engine.space.parameters.values() if p.ndim > 1))
-    assert (left_PRr.dtype, right_kC.dtype) == (torch.float32, torch.bfloat16)
+    left_PRr = weights._left(next(n for n, p in engine.space.parameters.items() if p.ndim > 1))
+    assert left_PRr.dtype == torch.float32
     plus_Rr, minus_Rr = left_PRr
     assert plus_Rr.abs().mean() > 1e4 * (plus_Rr - minus_Rr).abs().mean() / 2
     assert ((plus_Rr - minus_Rr) / 2e-4).std() == pytest.approx(1, abs=0.2)
@@ -205,17 +207,88 @@ def test_other_reads_of_a_matrix(model_folder):
         torch.einsum("oi->io", parameter)
 
 
+@pytest.mark.parametrize(
+    ("name", "fused", "shared"),
+    # Of a layer q (times its scale), fc1 (relu), out_proj and fc2 (residual); o_proj and down_proj.
+    [("opt", 4, ["q_proj", "k_proj", "v_proj"]), ("llama", 2, ["gate_proj", "up_proj"])],
+)
+def test_what_reads_a_layer_finishes_it(model_folder, monkeypatch, name, fused, shared):
+    """One pass over memory where that function reads and writes every element anyway, and x V once for its readers."""
+    engine, examples = engine_for(model_folder(name), name, **LOW_RANK)
+    then, linear, products = LowRankSum.then, F.linear, []
+    calls = []
+    monkeypatch.setattr(LowRankSum, "then", lambda *a, **k: calls.append(k) or then(*a, **k))
+    monkeypatch.setattr(F, "linear", lambda x, w, *b: products.append(w.shape) or linear(x, w, *b))
+    engine.losses(examples[:2], PROBES["two-point"])
+    layers = engine.model.config.num_hidden_layers
+    assert len(calls) == fused * layers
+    first = sum(shape[0] == 8 for shape in products)
+    groups = {group for n in engine.space.parameters for group in [engine._low_rank.readers.of(n)] if len(group) > 1}
+    assert sorted(shared) in [sorted(n.split(".")[-2] for n in group) for group in groups]
+    products.clear()
+    engine.losses(examples[:2], PROBES["two-point"])
+    assert sum(shape[0] == 8 for shape in products) == first - sum(len(group) - 1 for group in groups)
+
+
+class Reader(torch.nn.Module):
+    """Reads a linear layer's output in a way of its own."""
+
+    def __init__(self, read):
+        super().__init__()
+        self.layer = torch.nn.Linear(6, 4)
+        self.read = read
+
+    def forward(self, x):
+        return self.read(self.layer(x))
+
+
+READS = {
+    "nothing": lambda y: y,
+    "list": lambda y: torch.cat([y, y]),
+    "keyword": lambda y: torch.add(input=y, other=1.0),
+    "number": lambda y: y * 2,
+    "times": lambda y: 0.3 * y,
+    "relu twice": lambda y: F.relu(y) + y,
+    "itself": lambda y: y + y,
+    "two layers": lambda y: (y + torch.ones(())) + y,
+    "dropout": lambda y: F.dropout(y, 0.5, training=False) + torch.ones_like(y),
+    "in place": lambda y: y.add_(1.0),
+    "slice": lambda y: y[..., :2].relu(),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("read", READS)
+def test_an_unfinished_layer_is_whole_for_every_reader(read, dtype):
+    torch.manual_seed(0)
+    model = Reader(READS[read]).requires_grad_(False).to(dtype)
+    low_rank = LowRank(ParameterSpace(dict(model.named_parameters())), 2, 4)
+    x = torch.randn(2, 5, 6).to(dtype)
+    probes = [Probe(7, 0.3), Probe(7, -0.3)]
+    with PerturbedForward(low_rank.probes(probes)):
+        y = model(x)
+    start = model.layer.weight.double(), model.layer.bias.double()
+    expected = []
+    for probe, x_N in zip(probes, x.double().split(1), strict=True):
+        z = direction("layer.weight", start[0].shape, 7, 7)
+        b = philox.reference_normals(7, philox.stream_id("direction", "layer.bias"), torch.tensor([0]), 4)[0].double()
+        expected.append(model.read(F.linear(x_N, start[0] + probe.scale * z, start[1] + probe.scale * b)))
+    halves = y.double().chunk(2) if read != "list" else (y[[0, 2]], y[[1, 3]])
+    # bfloat16: V and every step of the way are rounded to 2⁻⁸ of numbers up to about 4.
+    assert (torch.stack(expected) - torch.stack(list(halves))).abs().max() < (1e-5 if dtype == torch.float32 else 0.1)
+
+
 def test_trained_lines_of_a_dense_direction_are_drawn_once_for_both_signs(model_folder, monkeypatch):
     engine, examples = engine_for(model_folder("llama"), "llama")
     drawn = []
-    both = perturbed.philox.add_normals_both
+    both = dense.philox.add_normals_both
 
     def counting(base_N, *arguments):
         drawn.append(len(base_N))
         return both(base_N, *arguments)
 
-    monkeypatch.setattr(perturbed.philox, "add_normals_both", counting)
-    monkeypatch.setattr(perturbed.philox, "add_normals", lambda *_: pytest.fail("z of one sign alone"))
+    monkeypatch.setattr(dense.philox, "add_normals_both", counting)
+    monkeypatch.setattr(dense.philox, "add_normals", lambda *_: pytest.fail("z of one sign alone"))
     engine.losses(examples, PROBES["two-point"])
     embedding = engine.model.get_input_embeddings().weight
     assert sum(drawn) == engine.space.num_parameters() - embedding.numel()
@@ -258,8 +331,8 @@ def test_replay_and_resume_are_bit_identical(model_folder, tmp_path, dtype, step
 
 def test_it_learns(model_folder, tmp_path):
     result = train(
-        model_folder, tmp_path / "run", num_steps=400, learning_rate=9e-4, direction_refresh_steps=20, logging_steps=50,
-        eval_dataset=SENTIMENT_ROWS[:16], eval_on_start=True, eval_steps=400,
+        model_folder, tmp_path / "run", num_steps=600, learning_rate=9e-4, direction_refresh_steps=20, logging_steps=50,
+        eval_dataset=SENTIMENT_ROWS[:16], eval_on_start=True, eval_steps=600,
     )  # fmt: skip
     import json
 

@@ -1,6 +1,7 @@
 """The generator against its published vectors; normals against float64; independence of slicing, kernels and dtype."""
 
 import math
+from fractions import Fraction
 
 import pytest
 import torch
@@ -90,21 +91,54 @@ def test_long_ranges_cross_the_chunks_of_the_reference():
     assert torch.equal(whole[130_998:131_498], part)
 
 
-def test_normals_are_box_muller_in_float64_within_1e_6():
-    words = philox.philox_words(5, philox.stream_id("direction", "w"), torch.arange(1 << 17))
-    k = (words >> 8).double()
-    radius = torch.sqrt(-2 * torch.log((k[:, 0::2] + 1) * 2.0**-24))
-    angle = 2 * math.pi * k[:, 1::2] * 2.0**-24
-    expected = torch.stack((radius * angle.cos(), radius * angle.sin()), dim=-1).view(-1, 4)
-    # float32 with |z| up to 5.8: one unit in the last place is 4.8e-7.
-    assert (philox.words_to_normals(words) - expected).abs().max() < 1e-6
+def test_tables_are_box_muller_in_float64():
+    radius, cos, sin = philox.tables(torch.device("cpu"))
+    u = (torch.arange(1 << 16).double() + 0.5) / (1 << 16)
+    angle = (torch.arange(1 << 15).double() - 16383) * math.pi / (1 << 15)
+    exact = torch.sqrt(-2 * u.log())
+    assert (radius - exact).abs().max() < 1.1e-4
+    # The polynomials' own errors: seven powers of the angle.
+    assert (cos - angle.cos()).abs().max() < 7e-6
+    assert (sin - angle.sin()).abs().max() < 7e-7
 
 
-def test_normals_at_the_ends_of_the_word_range_are_finite():
-    words = torch.tensor([[0, 0, 0xFFFFFFFF, 0xFFFFFFFF], [0xFFFFFFFF, 0, 0, 0xFFFFFFFF]])
-    z = philox.words_to_normals(words)
+def test_moments_of_the_tables_are_those_of_a_normal():
+    """Over all words, exactly: the sign bit makes every odd moment 0."""
+    radius, cos, sin = (t.double() for t in philox.tables(torch.device("cpu")))
+    for side in (cos, sin):
+        assert radius.square().mean() * side.square().mean() == pytest.approx(1, abs=2e-5)
+        assert (radius**4).mean() * (side**4).mean() == pytest.approx(3, abs=5e-4)
+    assert radius.square().mean() * (cos * sin).mean() == pytest.approx(0, abs=1e-8)
+    assert (radius**4).mean() * (cos * sin).square().mean() == pytest.approx(1, abs=5e-4)
+
+
+def test_polynomials_round_as_fused_multiply_add():
+    """Against exact rational arithmetic, with sums that rounding twice would get wrong."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(500, generator=generator) for _ in range(2))
+    c = torch.randn(500, generator=generator) * 2.0 ** torch.arange(500).remainder(60).sub(30)
+    # 1 + 2⁻²³ times 1 + 2⁻¹², plus 2⁻⁶⁰: just above the middle between two floats.
+    a[0], b[0], c[0] = 1 + 2**-23, 1 + 2**-12 - 2**-24, 2.0**-80
+    a[1], b[1], c[1] = 1 + 2**-12, 1 + 2**-12, 2.0**-70
+    found = philox._fma(a, b, c)
+    for x, y, z, rounded in zip(a.tolist(), b.tolist(), c.tolist(), found, strict=True):
+        exact = Fraction(x) * Fraction(y) + Fraction(z)
+        error = abs(Fraction(rounded.item()) - exact)
+        for neighbour in (torch.tensor(-math.inf), torch.tensor(math.inf)):
+            other = abs(Fraction(torch.nextafter(rounded, neighbour).item()) - exact)
+            even = rounded.view(torch.int32).item() % 2 == 0
+            assert error < other or (error == other and even)
+
+
+def test_normals_follow_the_bits_of_their_word():
+    radius, cos, sin = philox.tables(torch.device("cpu"))
+    words = torch.tensor([[0, 0xFFFFFFFF, 1 << 31, 0x7FFF8000 | 16383]])
+    z = philox.words_to_normals(words)[0].view(4, 2)
     assert z.isfinite().all()
-    assert z.abs().max() == pytest.approx(math.sqrt(2 * 24 * math.log(2)), rel=1e-6)
+    expected = [radius[0] * torch.stack((cos[0], sin[0])), -radius[-1] * torch.stack((cos[-1], sin[-1])),
+                -radius[0] * torch.stack((cos[0], sin[0])), torch.stack((radius[-1], torch.tensor(0.0)))]  # fmt: skip
+    assert torch.allclose(z, torch.stack(expected), rtol=1e-5, atol=0)
+    assert radius[0] == pytest.approx(math.sqrt(2 * 17 * math.log(2)), rel=1e-5)
 
 
 def test_moments_and_correlations_are_those_of_independent_normals():

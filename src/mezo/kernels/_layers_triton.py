@@ -4,26 +4,36 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
-def low_rank_offset(
-    out_ptr, h_ptr, left_ptr, bias_ptr, num_rows, num_out, width, bias_probe, bias_step,
-    RANK: tl.constexpr, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr,
+@triton.jit(do_not_specialize=["scale"])
+def low_rank_sum(
+    out_ptr, y_ptr, residual_ptr, h_ptr, left_ptr, bias_ptr, num_rows, num_out, h_step, left_probe, bias_probe,
+    bias_step, scale, RANK: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, RELU: tl.constexpr,
+    ROWS: tl.constexpr, OUTPUTS: tl.constexpr,
 ):  # fmt: skip
-    """out[p, n, o] = sum over k of h[p, n, k] * left[p, o, k] + bias[p, o]; program (rows, outputs, probe)."""
+    """out[p, n, o] = f(y[p, n, o] + sum over k of h[p, n, k] * left[p, o, k] + bias[p, o]) * scale + residual[p, n, o].
+
+    f is relu or nothing; program (rows, outputs, probe). `out` may be `y`.
+    """
     probe = tl.program_id(2).to(tl.int64)
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     o = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
     row_inside, out_inside = n < num_rows, o < num_out
     row = probe * num_rows + n
-    total = tl.zeros([ROWS, OUTPUTS], dtype=tl.float32)
+    place = row[:, None] * num_out + o[None, :]
+    inside = row_inside[:, None] & out_inside[None, :]
+    total = tl.load(y_ptr + place, mask=inside).to(tl.float32)
     if HAS_BIAS:
         total += tl.load(bias_ptr + probe * bias_probe + o * bias_step, mask=out_inside).to(tl.float32)[None, :]
     for k in tl.static_range(RANK):
-        h = tl.load(h_ptr + row * width + k, mask=row_inside).to(tl.float32)
-        left = tl.load(left_ptr + (probe * num_out + o) * RANK + k, mask=out_inside)
+        h = tl.load(h_ptr + row * h_step + k, mask=row_inside).to(tl.float32)
+        left = tl.load(left_ptr + probe * left_probe + o * RANK + k, mask=out_inside)
         total += h[:, None] * left[None, :]
-    place = row[:, None] * num_out + o[None, :]
-    tl.store(out_ptr + place, total.to(out_ptr.dtype.element_ty), mask=row_inside[:, None] & out_inside[None, :])
+    if RELU:
+        total = tl.where(total < 0.0, 0.0, total)  # NaN stays
+    total *= tl.cast(scale, tl.float32)
+    if HAS_RESIDUAL:
+        total += tl.load(residual_ptr + place, mask=inside).to(tl.float32)
+    tl.store(out_ptr + place, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit

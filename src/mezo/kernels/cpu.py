@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -26,26 +27,32 @@ def enabled() -> bool:
 
 def add_normals(out_RW: Tensor, base_RW: Tensor, scale: float, seed: int, stream: int, starts_R: Tensor) -> Tensor:
     """Writes `base + scale · z` into `out` (float32, contiguous; may be `base`) and returns it."""
-    if out_RW.numel():
-        key = (seed & 0xFFFFFFFF, seed >> 32, stream & 0xFFFFFFFF, stream >> 32)
-        _compiled(out_RW.numel() > _SERIAL_UP_TO)(
-            out_RW.numpy(), base_RW.numpy(), np.float32(scale), starts_R.numpy(), *key
-        )
+    _add(out_RW, out_RW[:0], base_RW, scale, seed, stream, starts_R)
     return out_RW
 
 
-def add_normals_both(base_N: Tensor, scale: float, seed: int, stream: int, starts_1: Tensor) -> tuple[Tensor, Tensor]:
+def add_normals_both(base_N: Tensor, scale: float, seed: int, stream: int, start: int) -> tuple[Tensor, Tensor]:
     """`base + scale · z` and `base − scale · z`, float32."""
     plus_N, minus_N = torch.empty_like(base_N), torch.empty_like(base_N)
-    if base_N.numel():
-        from mezo.kernels import _cpu_numba
-
-        key = (seed & 0xFFFFFFFF, seed >> 32, stream & 0xFFFFFFFF, stream >> 32)
-        parallel = base_N.numel() > _SERIAL_UP_TO
-        kernel = _cpu_numba.add_normals_both if parallel else _cpu_numba.add_normals_both_serial
-        tensors = (t.numpy()[None] for t in (plus_N, minus_N, base_N))
-        kernel(*tensors, np.float32(scale), starts_1.numpy(), *key)
+    _add(plus_N[None], minus_N[None], base_N[None], scale, seed, stream, torch.tensor([start]))
     return plus_N, minus_N
+
+
+def _add(
+    plus_RW: Tensor, minus_RW: Tensor, base_RW: Tensor, scale: float, seed: int, stream: int, starts_R: Tensor
+) -> None:
+    if base_RW.numel():
+        key = np.array((seed & 0xFFFFFFFF, seed >> 32, stream & 0xFFFFFFFF, stream >> 32))
+        arrays = (t.numpy() for t in (plus_RW, minus_RW, base_RW))
+        kernel = _compiled(base_RW.numel() > _SERIAL_UP_TO)
+        kernel(*arrays, np.float32(scale), starts_R.numpy(), key, _tables())
+
+
+@functools.cache
+def _tables() -> tuple[npt.NDArray[np.float32], ...]:
+    from mezo.philox import tables
+
+    return tuple(t.numpy() for t in tables(torch.device("cpu")))
 
 
 @functools.cache

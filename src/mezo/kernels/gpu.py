@@ -1,7 +1,7 @@
 """Philox and Box-Muller for GPUs in Triton: one pass that reads `base` and writes `base + scale · z`.
 
-Fusing multiplication and addition is switched off and the square root is the correctly rounded one: the bits are
-those of `mezo.philox`. With `MEZO_PLAIN_KERNELS=1` in the environment the reference is used instead.
+Multiplication and addition are fused where the source says so and nowhere else: the bits are those of `mezo.philox`.
+With `MEZO_PLAIN_KERNELS=1` in the environment the reference is used instead.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from torch import Tensor
 if TYPE_CHECKING:
     from types import ModuleType
 
-_BLOCKS_PER_PROGRAM = 256
-REPEAT = 8  # times that a program which reads a table does so
+_NORMALS = 8  # of a counter block
+_BLOCKS = 128  # counter blocks of a program: one for each thread
+REPEAT = 8  # times that a program of a large tensor does so
 PIECE = 1 << 16  # elements of a tensor that one row of a table covers; a multiple of what a program covers
 
 
@@ -33,27 +34,49 @@ def add_normals(out_RW: Tensor, base_RW: Tensor, scale: float, seed: int, stream
     """Writes `base + scale · z`, computed in float32, into `out` (contiguous, may be `base`) and returns it."""
     num_rows, width = out_RW.shape
     if out_RW.numel():
-        groups = ((width + 3) // 4 + _BLOCKS_PER_PROGRAM) // _BLOCKS_PER_PROGRAM
-        key = (seed & 0xFFFFFFFF, seed >> 32, stream & 0xFFFFFFFF, stream >> 32)
+        groups = -(-(width + _NORMALS - 1) // (_NORMALS * _BLOCKS))
         with torch.cuda.device(out_RW.device):
             _kernels().add_normals[(groups, num_rows)](
-                out_RW, base_RW, starts_R, width, scale, *key, BLOCKS=_BLOCKS_PER_PROGRAM, enable_fp_fusion=False
-            )
+                out_RW, base_RW, starts_R, width, scale, _signed(seed), _signed(stream), BLOCKS=_BLOCKS,
+                enable_fp_fusion=False,
+            )  # fmt: skip
     return out_RW
 
 
-def add_normals_both(base_N: Tensor, scale: float, seed: int, stream: int, starts_1: Tensor) -> tuple[Tensor, Tensor]:
-    """`base + scale · z` and `base − scale · z`, computed in float32 and rounded to the base's type."""
-    plus_N, minus_N = torch.empty_like(base_N), torch.empty_like(base_N)
-    if base_N.numel():
-        groups = ((len(base_N) + 3) // 4 + _BLOCKS_PER_PROGRAM) // _BLOCKS_PER_PROGRAM
-        key = (seed & 0xFFFFFFFF, seed >> 32, stream & 0xFFFFFFFF, stream >> 32)
-        with torch.cuda.device(base_N.device):
-            _kernels().add_normals_both[(groups,)](
-                plus_N, minus_N, base_N, starts_1, len(base_N), scale, *key, BLOCKS=_BLOCKS_PER_PROGRAM,
-                enable_fp_fusion=False,
-            )  # fmt: skip
-    return plus_N, minus_N
+def perturb(base_N: Tensor, start: int, seeds_P: Tensor, factors_P: Tensor, stream: int, *, paired: bool) -> Tensor:
+    """`base + factor · z(seed)` of elements [start, start + N) under each probe, [P, N] of the base's type.
+
+    Args:
+        base_N: contiguous values.
+        start: index of the first element, a multiple of 8.
+        seeds_P: int64 seeds on the device.
+        factors_P: float32.
+        stream: see `mezo.philox.stream_id`.
+        paired: probes 2i and 2i + 1 have the same seed and opposite factors, so z is drawn once for both.
+    """
+    assert start % _NORMALS == 0
+    (num_probes,), width = seeds_P.shape, len(base_N)
+    out_PN = base_N.new_empty(num_probes, width)
+    groups = -(-width // (_NORMALS * _BLOCKS * REPEAT))
+    with torch.cuda.device(base_N.device):
+        _kernels().perturb[(groups,)](
+            out_PN, base_N, start // _NORMALS, width, seeds_P, factors_P, _signed(stream), PROBES=num_probes,
+            PAIRED=paired, BLOCKS=_BLOCKS, REPEAT=REPEAT, enable_fp_fusion=False,
+        )  # fmt: skip
+    return out_PN
+
+
+def perturb_rows(base_RD: Tensor, ids_PN: Tensor, seeds_P: Tensor, factors_P: Tensor, stream: int) -> Tensor:
+    """Rows `ids` of a matrix, perturbed as in `perturb`: [P, N, D]."""
+    (num_probes, num_rows), width = ids_PN.shape, base_RD.shape[1]
+    out_PND = base_RD.new_empty(num_probes, num_rows, width)
+    groups = -(-(width + _NORMALS - 1) // (_NORMALS * _BLOCKS))
+    with torch.cuda.device(base_RD.device):
+        _kernels().perturb_rows[(groups, num_rows, num_probes)](
+            out_PND, base_RD, ids_PN.contiguous(), num_rows, width, seeds_P, factors_P, _signed(stream),
+            BLOCKS=_BLOCKS, enable_fp_fusion=False,
+        )  # fmt: skip
+    return out_PND
 
 
 def piece_table(
@@ -85,6 +108,11 @@ def _signed(word: int) -> int:
     return word - (word >> 63 << 64)
 
 
+def seeds_on(seeds: Sequence[int], device: torch.device) -> Tensor:
+    """Seeds as kernels read them, int64."""
+    return torch.tensor(list(map(_signed, seeds)), device=device)
+
+
 def segment_table(bases: Sequence[Tensor], outs: Sequence[Tensor], streams: Sequence[int]) -> Tensor:
     """The table of float32 tensors to read from and to write to."""
     sizes = [base.numel() for base in bases]
@@ -103,11 +131,10 @@ def weight_table(
 def add_normals_many(table: Tensor, scale: float, seed: int) -> None:
     """`out = base + scale · z` for all float32 tensors of a `segment_table` in one launch."""
     with torch.cuda.device(table.device):
-        parts = PIECE // (4 * _BLOCKS_PER_PROGRAM * REPEAT)
+        parts = PIECE // (_NORMALS * _BLOCKS * REPEAT)
         _kernels().add_normals_many[(len(table) * parts,)](
-            table, scale, seed & 0xFFFFFFFF, seed >> 32, PARTS=parts, REPEAT=REPEAT, BLOCKS=_BLOCKS_PER_PROGRAM,
-            enable_fp_fusion=False,
-        )  # fmt: skip
+            table, scale, _signed(seed), PARTS=parts, REPEAT=REPEAT, BLOCKS=_BLOCKS, enable_fp_fusion=False
+        )
 
 
 def update_many(
@@ -116,20 +143,18 @@ def update_many(
     """`w = keep · w + Σ factor · z`, stochastically rounded, for all tensors of a `weight_table` in one launch.
 
     Args:
-        table: of tensors of type `dtype`.
+        table: of tensors of type `dtype` that begin at multiples of 16 bytes, as PyTorch's own do.
         dtype: bfloat16 or float16.
         seeds: of each record; rounding is drawn with the first.
         factors: of each tensor, one for each record.
         keep: factor of the weights that decay.
     """
-    seeds_N = torch.tensor(list(map(_signed, seeds)), device=table.device)
     factors_TN = torch.tensor(factors, dtype=torch.float32, device=table.device)
-    key = (seeds[0] & 0xFFFFFFFF, seeds[0] >> 32)
     with torch.cuda.device(table.device):
-        parts = PIECE // (4 * _BLOCKS_PER_PROGRAM * REPEAT)
+        parts = PIECE // (_NORMALS * _BLOCKS * REPEAT)
         _kernels().update_many[(len(table) * parts,)](
-            table, seeds_N, factors_TN, len(seeds), keep, *key, IS_BFLOAT16=dtype == torch.bfloat16,
-            PARTS=parts, REPEAT=REPEAT, BLOCKS=_BLOCKS_PER_PROGRAM, enable_fp_fusion=False,
+            table, seeds_on(seeds, table.device), factors_TN, len(seeds), keep,
+            IS_BFLOAT16=dtype == torch.bfloat16, PARTS=parts, REPEAT=REPEAT, BLOCKS=_BLOCKS, enable_fp_fusion=False,
         )  # fmt: skip
 
 

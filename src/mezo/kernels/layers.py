@@ -6,7 +6,7 @@ Shapes: P probes, N rows × positions of one probe, O outputs of a layer, D entr
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,24 +20,54 @@ if TYPE_CHECKING:
 _ROWS, _OUTPUTS = 32, 256  # of a program
 
 
-def low_rank_offset(h_PNk: Tensor, left_POr: Tensor, bias_PO: Tensor | None) -> Tensor:
-    """h Lᵀ + bias under each probe: what is added to x Wᵀ.
+class LowRankSum(NamedTuple):
+    """y + h Lᵀ + bias under each probe, of which y alone has been computed: the rest goes into what reads it."""
 
-    Args:
-        h_PNk: x V, of which the first r columns count.
-        left_POr: L, float32.
-        bias_PO: of any floating type.
+    y_PNO: Tensor
+    h_PNr: Tensor  # x V; rows may lie further apart than r
+    left_POr: Tensor  # L, float32
+    bias_PO: Tensor | None  # of any floating type
 
-    Returns:
-        [P, N, O] in the type of h, summed in float32.
-    """
-    rank = left_POr.shape[2]
-    if h_PNk.is_cuda and gpu.enabled():
-        return _offset_on_gpu(h_PNk.contiguous(), left_POr.contiguous(), bias_PO)
-    h_PNr = h_PNk[..., :rank].float()
-    if bias_PO is None:
-        return torch.bmm(h_PNr, left_POr.mT).to(h_PNk.dtype)
-    return torch.baddbmm(bias_PO[:, None].float(), h_PNr, left_POr.mT).to(h_PNk.dtype)
+    def finish_(self) -> None:
+        """Adds the rest to y."""
+        self._write(self.y_PNO)
+
+    def then(self, *, relu: bool = False, residual_PNO: Tensor | None = None, scale: float = 1.0) -> Tensor:
+        """relu of the sum, or the sum · scale + residual, in one pass over memory; computed in float32."""
+        return self._write(torch.empty_like(self.y_PNO), relu=relu, residual_PNO=residual_PNO, scale=scale)
+
+    def _write(
+        self, out_PNO: Tensor, *, relu: bool = False, residual_PNO: Tensor | None = None, scale: float = 1.0
+    ) -> Tensor:
+        if out_PNO.is_cuda and gpu.enabled():
+            return self._on_gpu(out_PNO, relu=relu, residual_PNO=residual_PNO, scale=scale)
+        value_PNO = torch.baddbmm(self.y_PNO.float(), self.h_PNr.float(), self.left_POr.mT)
+        if self.bias_PO is not None:
+            value_PNO += self.bias_PO[:, None]
+        if relu:
+            value_PNO.relu_()
+        if scale != 1.0:
+            value_PNO *= scale
+        return out_PNO.copy_(value_PNO if residual_PNO is None else value_PNO.add_(residual_PNO))
+
+    def _on_gpu(
+        self, out_PNO: Tensor, *, relu: bool = False, residual_PNO: Tensor | None = None, scale: float = 1.0
+    ) -> Tensor:
+        y_PNO, h_PNr, left_POr, bias_PO = self
+        num_probes, num_rows, num_out = y_PNO.shape
+        assert y_PNO.is_contiguous() and left_POr.stride()[1:] == (left_POr.shape[2], 1)
+        assert h_PNr.stride(2) == 1 and h_PNr.stride(0) == num_rows * h_PNr.stride(1)
+        bias = y_PNO if bias_PO is None else bias_PO
+        residual = y_PNO if residual_PNO is None else residual_PNO.contiguous()
+        grid = (-(-num_rows // _ROWS), -(-num_out // _OUTPUTS), num_probes)
+        with torch.cuda.device(y_PNO.device):
+            _kernels().low_rank_sum[grid](
+                out_PNO, y_PNO, residual, h_PNr, left_POr, bias, num_rows, num_out, h_PNr.stride(1),
+                left_POr.stride(0), bias.stride(0), bias.stride(-1), float(scale), RANK=left_POr.shape[2],
+                HAS_BIAS=bias_PO is not None, HAS_RESIDUAL=residual_PNO is not None, RELU=relu, ROWS=_ROWS,
+                OUTPUTS=_OUTPUTS,
+            )  # fmt: skip
+        return out_PNO
 
 
 def layer_norm(x_PND: Tensor, weight_PD: Tensor, bias_PD: Tensor | None, eps: float) -> Tensor:
@@ -48,19 +78,6 @@ def layer_norm(x_PND: Tensor, weight_PD: Tensor, bias_PD: Tensor | None, eps: fl
     size = x_PND.shape[-1:]
     parts = [F.layer_norm(x, size, w, b, eps) for x, w, b in zip(x_PND, weight_PD, biases, strict=True)]
     return parts[0][None] if len(parts) == 1 else torch.stack(parts)
-
-
-def _offset_on_gpu(h_PNk: Tensor, left_POr: Tensor, bias_PO: Tensor | None) -> Tensor:
-    (num_probes, num_rows, width), (_, num_out, rank) = h_PNk.shape, left_POr.shape
-    out_PNO = h_PNk.new_empty(num_probes, num_rows, num_out)
-    bias = h_PNk if bias_PO is None else bias_PO
-    grid = (-(-num_rows // _ROWS), -(-num_out // _OUTPUTS), num_probes)
-    with torch.cuda.device(h_PNk.device):
-        _kernels().low_rank_offset[grid](
-            out_PNO, h_PNk, left_POr, bias, num_rows, num_out, width, bias.stride(0), bias.stride(-1),
-            RANK=rank, HAS_BIAS=bias_PO is not None, ROWS=_ROWS, OUTPUTS=_OUTPUTS,
-        )  # fmt: skip
-    return out_PNO
 
 
 def _norm_on_gpu(x_PND: Tensor, weight_PD: Tensor, bias_PD: Tensor | None, eps: float) -> Tensor:

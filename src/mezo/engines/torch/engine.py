@@ -29,17 +29,19 @@ from mezo.adapter import canonical_name
 from mezo.engines.base import Loss, Work
 from mezo.engines.torch.batch import Padded, Reads, target_scores
 from mezo.engines.torch.buffer import ProbeBuffers
+from mezo.engines.torch.dense import Copies, Dense, DenseOnGPU, ProbeKeys, is_paired
 from mezo.engines.torch.generation import generate
 from mezo.engines.torch.graphs import Graphs, Shape, StaticInputs
 from mezo.engines.torch.layers import FrozenLayers, first_trained_layer
 from mezo.engines.torch.lora import BatchedLoRA
 from mezo.engines.torch.low_rank import LowRank
 from mezo.engines.torch.optimizer import Optimizer, load_state, save_state
-from mezo.engines.torch.perturbed import BATCHED_MODELS, Copies, Dense, PerturbedForward, Weights
+from mezo.engines.torch.perturbed import BATCHED_MODELS, PerturbedForward, Weights
 from mezo.engines.torch.reuse import Stage, TensorStore, cache_of_rows, rows_of_cache, shared_prefixes
 from mezo.engines.torch.space import ParameterSpace, tensors_digest
 from mezo.errors import EngineError, is_out_of_memory
 from mezo.estimator import UNPERTURBED, Probe, Record
+from mezo.kernels import gpu as gpu_kernels
 from mezo.objective import Example, TargetScores, TokenSequence, common_prefix, example_losses
 
 logger = logging.getLogger(__name__)
@@ -132,6 +134,8 @@ class TorchEngine:
         self._frozen = self._frozen_layers()
         on_gpu = model.device.type == "cuda"
         self._copies = self._copies_within(_COPY_BYTES if on_gpu and share else 0)
+        formed = self._lora is None and self._low_rank is None and self._copies is None
+        self._keys = ProbeKeys(self.space, model.device) if on_gpu and formed and gpu_kernels.enabled() else None
         # Where launching kernels costs more than running them.
         self._graphs = Graphs(model.device) if on_gpu else None
         self._pass_flops = 2 * sum(p.numel() for p in model.parameters())  # of a token
@@ -302,7 +306,9 @@ class TorchEngine:
             return self._low_rank.probes(probes) if moved or not self._low_rank.is_folded else None
         if self._copies is not None and moved:
             return Copies(self.space, self._copies, probes)
-        return Dense(self.space, probes) if moved else None
+        if not moved:
+            return None
+        return Dense(self.space, probes) if self._keys is None else DenseOnGPU(self.space, self._keys, probes)
 
     def _groups(self, examples: Sequence[Example], batch_size: int, num_probes: int = 1) -> list[list[int]]:
         """Indices of the examples of each forward pass: at most `batch_size`, of similar length."""
@@ -415,7 +421,7 @@ class TorchEngine:
         if self._low_rank is not None:
             known = self._low_rank.keep == 1.0
         else:
-            known = self._lora is not None or not moved or self._copies is not None
+            known = self._lora is not None or not moved or self._copies is not None or self._keys is not None
         tokens = len(probes) * (stage.num_tokens + stage.num_padding)
         return known and tokens * self._pass_flops < _STATIC_FLOPS
 
@@ -433,7 +439,8 @@ class TorchEngine:
         num_rows, tokens = rows.input_ids_RS.shape
         positions = max((p.shape[3] for p in prefixes), default=0)
         num_reads, num_targets = len(reads.row_Q), len(reads.token_T)
-        shape = Shape.of(len(probes), num_rows, tokens, positions, num_reads, num_targets, greedy)
+        sizes = (num_rows, tokens, positions, num_reads, num_targets)
+        shape = Shape.of(len(probes), is_paired(probes), *sizes, greedy)
         self.work.padding += len(probes) * (shape.rows * shape.tokens - stage.num_tokens)
         static = self._graphs.inputs(shape, prefixes[0] if prefixes else None)
         static.fill(rows, reads, self._pad, prefixes)

@@ -33,6 +33,7 @@ class Shape(NamedTuple):
     """What a graph is captured for."""
 
     probes: int
+    paired: bool
     rows: int
     tokens: int
     positions: int
@@ -41,11 +42,13 @@ class Shape(NamedTuple):
     greedy: bool
 
     @classmethod
-    def of(cls, probes: int, rows: int, tokens: int, positions: int, reads: int, targets: int, greedy: bool) -> Shape:
+    def of(
+        cls, probes: int, paired: bool, rows: int, tokens: int, positions: int, reads: int, targets: int, greedy: bool
+    ) -> Shape:
         """The bucket of a batch. At most a fifth of the rows is padding."""
         rows = _up(rows, 1 << max(0, rows.bit_length() - 3))
         reads, targets = _up(reads, _READS), _up(targets, _READS)
-        return cls(probes, rows, _up(tokens, _TOKENS), _up(positions, _POSITIONS), reads, targets, greedy)
+        return cls(probes, paired, rows, _up(tokens, _TOKENS), _up(positions, _POSITIONS), reads, targets, greedy)
 
 
 def _up(value: int, step: int) -> int:

@@ -26,6 +26,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,7 +38,9 @@ from mezo.engines.torch.optimizer import Optimizer
 from mezo.engines.torch.rounding import stochastic_round
 from mezo.engines.torch.space import CHUNK, ParameterSpace
 from mezo.estimator import Probe, Record
-from mezo.kernels.layers import low_rank_offset
+from mezo.kernels.layers import LowRankSum
+
+_COLUMNS = 8  # of the product x V: what tensor cores want at least
 
 
 class LowRank:
@@ -91,6 +94,8 @@ class LowRank:
         self.left_rows = {name: slice(stop - n, stop) for name, stop, n in zip(matrices, stops, rows, strict=True)}
         lefts = {name: _num_rows(p) for name, p in matrices.items()} if subspace else {}
         self.left = _Bases(lefts, "left basis", rank, device)  # U of a subspace
+        self.readers = Readers(_COLUMNS // rank)
+        self._rights: dict[tuple[tuple[str, ...], torch.dtype], Tensor] = {}
         self._window_seed: int | None = None
         self._keep = 1.0  # what weight decay leaves of W
         self.steps = 0  # since the last fold
@@ -191,6 +196,22 @@ class LowRank:
             self._window_seed = seed
             self.right.draw(seed)
             self.left.draw(seed)
+            for (names, _), right_kC in self._rights.items():
+                self._fill(names, right_kC)
+
+    def right_of(self, names: tuple[str, ...], dtype: torch.dtype) -> Tensor:
+        """Vᵀ / √r of matrices of the same width, one below the other: [k, C], always in the same memory; k is r for
+        each and 0 up to a multiple of 8."""
+        if (names, dtype) not in self._rights:
+            rows = -(-len(names) * self.rank // _COLUMNS) * _COLUMNS
+            width = len(self.right[names[0]])
+            self._rights[names, dtype] = torch.zeros(rows, width, dtype=dtype, device=self.flat_N.device)
+            self._fill(names, self._rights[names, dtype])
+        return self._rights[names, dtype]
+
+    def _fill(self, names: tuple[str, ...], right_kC: Tensor) -> None:
+        for place, name in enumerate(names):
+            right_kC[place * self.rank : (place + 1) * self.rank] = self.right[name].T
 
 
 class _Bases:
@@ -222,6 +243,44 @@ class _Bases:
             torch.mul(drawn_N.view_as(basis_Rr), 1 / math.sqrt(self._rank), out=basis_Rr)
 
 
+class Readers:
+    """Which matrices read the same rows (q, k and v; gate and up), as the passes so far have shown.
+
+    Args:
+        most: matrices whose x V fits into the columns that the product of one takes anyway. So it has the same shape,
+            and the same bits, whether they are known to belong together or not.
+    """
+
+    def __init__(self, most: int):
+        self._most = most
+        self._groups: dict[str, tuple[str, ...]] = {}  # by each member
+
+    def of(self, name: str) -> tuple[str, ...]:
+        """The matrices that read what this one reads."""
+        return self._groups.get(name, (name,))
+
+    def note(self, first: str, name: str) -> None:
+        """`name` read the same rows as `first`, which came before."""
+        group = (*self.of(first), name)
+        if len(group) <= self._most:
+            self._groups |= dict.fromkeys(group, group)
+
+
+class _Rows(NamedTuple):
+    """Rows that were read last, and x V of the matrices that read them."""
+
+    x_PNI: Tensor
+    version: int
+    first: str
+    h_PNk: Tensor
+    names: tuple[str, ...]
+
+    def are(self, x_PNI: Tensor) -> bool:
+        """Whether these are the same values. They are kept alive, so their memory has not been given to others."""
+        same = self.x_PNI.data_ptr() == x_PNI.data_ptr() and self.x_PNI.shape == x_PNI.shape
+        return same and self.version == x_PNI._version
+
+
 class LowRankProbes:
     """`mezo.engines.torch.perturbed.Weights` of low-rank directions.
 
@@ -232,7 +291,7 @@ class LowRankProbes:
         self._state = state
         self._flat_PN = state.buffers.write(probes)
         self._left_PNr: Tensor | None = None
-        self._rights: dict[torch.dtype, Tensor] = {}
+        self._last: _Rows | None = None
         self._vectors: dict[torch.dtype, Tensor] = {}
         self.num_probes = len(probes)
         self.read_names: set[str] = set()
@@ -241,50 +300,60 @@ class LowRankProbes:
         """See `Weights.trains`."""
         return self._state.trains(value)
 
-    def linear(self, x_PNI: Tensor, weight: Tensor, bias_PO: Tensor | None, transposed: bool) -> Tensor:
+    def linear(self, x_PNI: Tensor, weight: Tensor, bias_PO: Tensor | None, transposed: bool) -> LowRankSum:
         """See `Weights.linear`. W is read once for all probes."""
-        left_PRr, right_kC = self._factors(weight)  # of the matrix as it lies, R rows and C columns
-        if transposed:
-            h_PNk = torch.bmm(x_PNI, left_PRr.to(x_PNI.dtype))
-            offset_Cr = right_kC[: self._state.rank].T.float().expand(self.num_probes, -1, -1)
-            y_PNO = low_rank_offset(h_PNk, offset_Cr, bias_PO)
+        name, rank = self._read(weight), self._state.rank
+        if transposed:  # the matrix as it lies has I rows
+            left_PIr = self._left(name)
+            h_PNr = torch.bmm(x_PNI, left_PIr.to(x_PNI.dtype))
+            right_Or = self._state.right_of((name,), weight.dtype)[:rank].T.float().contiguous()
+            left_POr = right_Or.expand(self.num_probes, -1, -1)
         else:
-            y_PNO = low_rank_offset(F.linear(x_PNI, right_kC), left_PRr, bias_PO)
-        y_MO, x_MI = y_PNO.flatten(0, 1), x_PNI.flatten(0, 1)
-        y_MO.addmm_(x_MI, weight.detach() if transposed else weight.detach().T, alpha=self._state.keep)
-        return y_PNO
+            h_PNr, left_POr = self._low(x_PNI, name), self._left(name)
+        weight_IO = weight.detach() if transposed else weight.detach().T
+        y_PNO = torch.matmul(x_PNI.flatten(0, 1), weight_IO).view(*x_PNI.shape[:2], -1)
+        if self._state.keep != 1.0:
+            y_PNO *= self._state.keep
+        return LowRankSum(y_PNO, h_PNr, left_POr, bias_PO)
 
     def rows(self, ids_PN: Tensor, weight: Tensor) -> Tensor:
         """See `Weights.rows`."""
-        left_PRr, right_kC = self._factors(weight)
-        left_PNr = left_PRr.gather(1, ids_PN[..., None].expand(-1, -1, self._state.rank)).to(weight.dtype)
-        right_PrC = right_kC[: self._state.rank].expand(self.num_probes, -1, -1)
+        name, rank = self._read(weight), self._state.rank
+        left_PNr = self._left(name).gather(1, ids_PN[..., None].expand(-1, -1, rank)).to(weight.dtype)
+        right_PrC = self._state.right_of((name,), weight.dtype)[:rank].expand(self.num_probes, -1, -1)
         return weight.detach()[ids_PN].baddbmm_(left_PNr, right_PrC, beta=self._state.keep)
 
     def whole(self, parameter: Tensor) -> Tensor:
         """See `Weights.whole`."""
         if parameter.ndim < 2:
             return self._vector(parameter)
-        left_PRr, right_kC = self._factors(parameter)
+        name, rank = self._read(parameter), self._state.rank
+        right_rC = self._state.right_of((name,), parameter.dtype)[:rank].float()
         flat_RC = parameter.detach().reshape(-1, parameter.shape[-1])
-        whole_PRC = flat_RC.float() * self._state.keep + left_PRr @ right_kC[: self._state.rank].float()
+        whole_PRC = flat_RC.float() * self._state.keep + self._left(name) @ right_rC
         return whole_PRC.to(parameter.dtype).view(self.num_probes, *parameter.shape)
 
-    def _factors(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """L under each probe, float32 [P, R, r], and Vᵀ / √r in the weight's type [k, C]; rows from r on are 0."""
-        name, dtype = self._read(weight), weight.dtype
-        if dtype not in self._rights:
-            v_Nr = self._state.right.flat_Nr
-            rows = self._state.rank if v_Nr.device.type == "cpu" else -(-self._state.rank // 8) * 8  # tensor cores
-            self._rights[dtype] = F.pad(v_Nr.T.to(dtype), (0, 0, 0, rows - self._state.rank))
+    def _low(self, x_PNI: Tensor, name: str) -> Tensor:
+        """x V / √r of a matrix [P, N, r], in one product with those that read the same rows."""
+        readers, rank = self._state.readers, self._state.rank
+        if self._last is not None and self._last.are(x_PNI) and name not in self._last.names:
+            readers.note(self._last.first, name)
+        if self._last is None or not self._last.are(x_PNI) or name not in self._last.names:
+            names = readers.of(name)
+            first = self._last.first if self._last is not None and self._last.are(x_PNI) else name
+            h_PNk = F.linear(x_PNI, self._state.right_of(names, x_PNI.dtype))
+            self._last = _Rows(x_PNI, x_PNI._version, first, h_PNk, names)
+        place = self._last.names.index(name) * rank
+        return self._last.h_PNk[..., place : place + rank]
+
+    def _left(self, name: str) -> Tensor:
+        """L under each probe of a matrix as it lies, float32 [P, rows, r]."""
         if self._left_PNr is None:
-            size = (self.num_probes, -1, self._state.rank)
             count = self._state.num_left
-            self._left_PNr = (self._state.flat_N[:count] + self._flat_PN[:, :count]).view(size)
+            left_PN = self._state.flat_N[:count] + self._flat_PN[:, :count]
+            self._left_PNr = left_PN.view(self.num_probes, -1, self._state.rank)
         left_PRr = self._left_PNr[:, self._state.left_rows[name]]
-        if self._state.subspace:
-            left_PRr = self._state.left[name] @ left_PRr
-        return left_PRr, self._rights[dtype][:, self._state.right.slices[name]]
+        return self._state.left[name] @ left_PRr if self._state.subspace else left_PRr
 
     def _vector(self, parameter: Tensor) -> Tensor:
         name, dtype = self._read(parameter), parameter.dtype

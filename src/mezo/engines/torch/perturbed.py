@@ -6,32 +6,24 @@ and after an exception anywhere there is nothing to restore.
 
 Rows of P probes come probe by probe, as in `mezo.engines.torch.lora`, and every function below knows how to split them
 by probe. With one probe any other function may read a parameter too. What a parameter is under the probes is the
-business of `Weights`: here dense directions, in `mezo.engines.torch.low_rank` those of low rank.
+business of `Weights`: `mezo.engines.torch.dense` and `mezo.engines.torch.low_rank`.
 
 Shapes: P probes, N rows × positions of one probe, I inputs and O outputs of a layer, D entries of a vector.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
+from weakref import ReferenceType
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from mezo import philox
-from mezo.engines.torch.buffer import ProbeBuffers
-from mezo.engines.torch.space import ParameterSpace, direction_rows
-from mezo.estimator import Probe
-from mezo.kernels.layers import layer_norm
-
-# Elements of a linear layer's weight that are formed at once. On a CPU 8 MiB of scratch for each probe; on a GPU
-# a hundredth of the model, which leaves memory as it is, but enough for one matrix product to fill it.
-_LINEAR_BLOCK = 1 << 21
-_LINEAR_BLOCK_GPU = (1 << 23, 1 << 27)  # least and most
-_ALIGNED = 64  # outputs of a block: tensor cores want addresses that are
+from mezo.kernels.layers import LowRankSum, layer_norm
 
 # Models whose every read of a parameter is one of the functions below, with rows in the first dimension: tested.
 BATCHED_MODELS = frozenset("llama mistral qwen2 qwen3 opt gpt2 bert roberta".split())
@@ -48,7 +40,8 @@ _METADATA_FUNCTIONS = frozenset(
         "get_device __len__".split()
     )
 )
-_ELEMENTWISE = frozenset("mul multiply __mul__ __rmul__ add __add__ __radd__".split())
+_PRODUCTS = frozenset("mul multiply __mul__ __rmul__".split())
+_SUMS = frozenset("add __add__ __radd__".split())
 
 
 class Weights(Protocol):
@@ -61,8 +54,8 @@ class Weights(Protocol):
         """Whether the value is a trained parameter."""
         ...
 
-    def linear(self, x_PNI: Tensor, weight: Tensor, bias_PO: Tensor | None, transposed: bool) -> Tensor:
-        """x Wᵀ + b, or x W + b if `transposed`: [P, N, O]."""
+    def linear(self, x_PNI: Tensor, weight: Tensor, bias_PO: Tensor | None, transposed: bool) -> Tensor | LowRankSum:
+        """x Wᵀ + b, or x W + b if `transposed`: [P, N, O]; possibly unfinished."""
         ...
 
     def rows(self, ids_PN: Tensor, weight: Tensor) -> Tensor:
@@ -75,13 +68,24 @@ class Weights(Protocol):
 
 
 class PerturbedForward(TorchFunctionMode):
-    """Context in which reads of the trained parameters see them under the probes."""
+    """Context in which reads of the trained parameters see them under the probes.
+
+    A linear layer may leave its output unfinished: then the next function that reads it finishes it, in the same pass
+    over memory if it is one that reads and writes each element anyway.
+    """
 
     def __init__(self, weights: Weights):
         super().__init__()
         self.weights = weights
         self._num_probes = weights.num_probes
         self._num_rows = 0  # of all probes, as the last embedding saw them
+        self._unfinished: dict[int, tuple[ReferenceType[Tensor], LowRankSum]] = {}  # by id of the tensor
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        for _, parts in self._unfinished.values():
+            parts.finish_()
+        self._unfinished.clear()
 
     def __torch_function__(
         self,
@@ -93,10 +97,18 @@ class PerturbedForward(TorchFunctionMode):
         kwargs = kwargs or {}
         if not self._reads_values(func):
             return func(*args, **kwargs)
+        if self._unfinished:
+            if func is F.dropout and not kwargs.get("training", True):
+                return args[0]
+            finished = self._finished_by(func, args)
+            if finished is not None:
+                return finished
+            self._finish(args)
+            self._finish(kwargs.values())
         handler = _HANDLERS.get(func)
         if handler is not None:
             return handler(self, *args, **kwargs)
-        if self._num_probes > 1 and getattr(func, "__name__", "") in _ELEMENTWISE and len(args) == 2:
+        if self._num_probes > 1 and getattr(func, "__name__", "") in _PRODUCTS | _SUMS and len(args) == 2:
             return self._elementwise(func, *args, **kwargs)
         return func(*map(self._substitute, args), **{k: self._substitute(v) for k, v in kwargs.items()})
 
@@ -104,6 +116,44 @@ class PerturbedForward(TorchFunctionMode):
         if getattr(func, "__name__", "") == "__get__":
             return getattr(getattr(func, "__self__", None), "__name__", "") not in _METADATA
         return func not in _METADATA_FUNCTIONS
+
+    def _parts(self, value: Any) -> LowRankSum | None:
+        """What is missing of an unfinished tensor."""
+        reference, parts = self._unfinished.get(id(value), (None, None))
+        return parts if reference is not None and reference() is value else None
+
+    def _leave(self, y: Tensor, parts: LowRankSum) -> Tensor:
+        """Leaves `y`, a view of the sum, to be finished; forgotten if it dies before."""
+        place = id(y)
+        self._unfinished[place] = weakref.ref(y, lambda _: self._unfinished.pop(place, None)), parts
+        return y
+
+    def _finish(self, values: Iterable[Any]) -> None:
+        for value in values:
+            if isinstance(value, (list, tuple)):
+                self._finish(value)
+            elif isinstance(value, Tensor) and (parts := self._parts(value)) is not None:
+                del self._unfinished[id(value)]
+                parts.finish_()
+
+    def _finished_by(self, func: Callable[..., Any], args: Sequence[Any]) -> Tensor | None:
+        """What the function makes of an unfinished tensor, if it can be made in one pass: relu, sum, multiple."""
+        name = getattr(func, "__name__", "")
+        if func is F.relu and (parts := self._parts(args[0])) is not None:
+            return parts.then(relu=True).view(args[0].shape)
+        if len(args) != 2 or name not in _PRODUCTS | _SUMS:
+            return None
+        for y, other in (args, args[::-1]):
+            parts = self._parts(y)
+            if parts is None or other is y:
+                continue
+            if name in _PRODUCTS and isinstance(other, float):
+                return parts.then(scale=other).view(y.shape)
+            same = isinstance(other, Tensor) and other.shape == y.shape and other.dtype == y.dtype
+            if name in _SUMS and same and not self.weights.trains(other):
+                self._finish([other])
+                return parts.then(residual_PNO=other.reshape(parts.y_PNO.shape)).view(y.shape)
+        return None
 
     def _substitute(self, value: Any) -> Any:
         if isinstance(value, Tensor) and self.weights.trains(value):
@@ -129,6 +179,8 @@ class PerturbedForward(TorchFunctionMode):
         x_PNI = self._by_probe(x)
         if trains(weight):
             y_PNO = self.weights.linear(x_PNI, weight, bias_PO, transposed)
+            if isinstance(y_PNO, LowRankSum):
+                return self._leave(y_PNO.y_PNO.view(*x.shape[:-1], -1), y_PNO)
         else:
             assert bias_PO is not None
             weight_OI = weight.T if transposed else weight
@@ -212,118 +264,3 @@ _HANDLERS: Mapping[Any, Callable[..., Tensor]] = {
     F.rms_norm: PerturbedForward._rms_norm,
     torch.addmm: PerturbedForward._addmm,
 }
-
-
-class Dense:
-    """θ + scale · z(seed), formed in scratch for each read; z is drawn once for two probes that share it."""
-
-    def __init__(self, space: ParameterSpace, probes: Sequence[Probe]):
-        self.space = space
-        self.probes = probes
-        self.num_probes = len(probes)
-        self.read_names: set[str] = set()
-        self._names = {id(p): name for name, p in space.parameters.items()}
-        self._num_parameters = space.num_parameters()
-
-    def trains(self, value: object) -> bool:
-        """See `Weights.trains`."""
-        return id(value) in self._names
-
-    def linear(self, x_PNI: Tensor, weight: Tensor, bias_PO: Tensor | None, transposed: bool) -> Tensor:
-        """See `Weights.linear`. Goes block by block over output features, or at once if transposed."""
-        if transposed:
-            weights_PIO = self.whole(weight)
-            assert bias_PO is not None
-            return torch.stack([torch.addmm(*arguments) for arguments in zip(bias_PO, x_PNI, weights_PIO, strict=True)])
-        num_out, num_in = weight.shape
-        least, most = _LINEAR_BLOCK_GPU
-        block = max(least, min(most, self._num_parameters // 100)) if weight.is_cuda else _LINEAR_BLOCK
-        rows = max(_ALIGNED, block // num_in // _ALIGNED * _ALIGNED)
-        y_PNO = x_PNI.new_empty(*x_PNI.shape[:2], num_out)
-        for first in range(0, num_out, rows):
-            stop = min(num_out, first + rows)
-            for p, formed_N in enumerate(self._formed(weight, first * num_in, stop * num_in)):
-                weight_IO, out_NO = formed_N.view(-1, num_in).T, y_PNO[p, :, first:stop]
-                if bias_PO is None:
-                    torch.mm(x_PNI[p], weight_IO, out=out_NO)
-                else:
-                    torch.addmm(bias_PO[p, first:stop], x_PNI[p], weight_IO, out=out_NO)
-        return y_PNO
-
-    def rows(self, ids_PN: Tensor, weight: Tensor) -> Tensor:
-        """See `Weights.rows`. Only the rows that are gathered are perturbed."""
-        name = self._read(weight)
-        unique_R, inverse_PN = torch.unique(ids_PN, return_inverse=True)
-        theta_RD = weight.detach()[unique_R]
-        out, z_RD, seed = [], torch.empty(0), None
-        for probe, inverse_N in zip(self.probes, inverse_PN, strict=True):
-            if probe.seed != seed:
-                seed, z_RD = probe.seed, direction_rows(probe.seed, name, unique_R, weight.shape[1])
-            factor = probe.scale * self.space.scale(name, probe.seed)
-            out.append(z_RD.mul(factor).add_(theta_RD).to(weight.dtype)[inverse_N])
-        return torch.stack(out)
-
-    def whole(self, parameter: Tensor) -> Tensor:
-        """See `Weights.whole`."""
-        return torch.stack(self._formed(parameter, 0, parameter.numel())).view(self.num_probes, *parameter.shape)
-
-    def _read(self, parameter: Tensor) -> str:
-        name = self._names[id(parameter)]
-        self.read_names.add(name)
-        return name
-
-    def _formed(self, parameter: Tensor, start: int, stop: int) -> list[Tensor]:
-        """Elements [start, stop) under each probe, in the parameter's type."""
-        name = self._read(parameter)
-        stream = philox.stream_id("direction", name)
-        theta_N = parameter.detach().view(-1)[start:stop]
-        formed: list[Tensor] = []
-        while len(formed) < self.num_probes:
-            (seed, scale), *rest = self.probes[len(formed) :]
-            factor = scale * self.space.scale(name, seed)
-            if rest and rest[0] == (seed, -scale):
-                formed += philox.add_normals_both(theta_N, factor, seed, stream, start)
-            else:
-                formed.append(philox.add_normals(theta_N, factor, seed, stream, start))
-        return [formed_N.to(parameter.dtype) for formed_N in formed]
-
-
-class Copies:
-    """The same, formed before the pass as whole copies of all parameters: for small models in float32.
-
-    No kernel of the pass depends on the seed, so a CUDA graph can replay it.
-
-    Args:
-        space: the trained parameters.
-        buffers: where the copies lie.
-        probes: under which they are.
-    """
-
-    def __init__(self, space: ParameterSpace, buffers: ProbeBuffers, probes: Sequence[Probe]):
-        self.num_probes = len(probes)
-        self.read_names: set[str] = set()
-        self._names = {id(p): name for name, p in space.parameters.items()}
-        self._buffers = buffers
-        self._flat_PN = buffers.write(probes)
-
-    def trains(self, value: object) -> bool:
-        """See `Weights.trains`."""
-        return id(value) in self._names
-
-    def linear(self, x_PNI: Tensor, weight: Tensor, bias_PO: Tensor | None, transposed: bool) -> Tensor:
-        """See `Weights.linear`."""
-        weight_PIO = self.whole(weight) if transposed else self.whole(weight).mT
-        if bias_PO is None:
-            return torch.bmm(x_PNI, weight_PIO)
-        return torch.baddbmm(bias_PO[:, None], x_PNI, weight_PIO)
-
-    def rows(self, ids_PN: Tensor, weight: Tensor) -> Tensor:
-        """See `Weights.rows`."""
-        probe_P1 = torch.arange(self.num_probes, device=ids_PN.device)[:, None]
-        return self.whole(weight)[probe_P1, ids_PN]
-
-    def whole(self, parameter: Tensor) -> Tensor:
-        """See `Weights.whole`."""
-        name = self._names[id(parameter)]
-        self.read_names.add(name)
-        return self._buffers.part(self._flat_PN, name)

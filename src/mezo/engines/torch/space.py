@@ -112,6 +112,8 @@ class ParameterSpace:
         tensors = list(self.parameters.values())
         if not (tensors[0].is_cuda and gpu_kernels.enabled() and len({p.dtype for p in tensors}) == 1):
             return False
+        if any(p.data_ptr() % 16 for p in tensors):
+            return False
         if self._table is None:
             rounding = [philox.stream_id("rounding", name) for name in self.parameters]
             decays = [p.ndim >= 2 for p in tensors]

@@ -1,0 +1,212 @@
+"""Parameters under dense directions, θ + scale · z(seed): formed in scratch where they are read.
+
+Shapes: P probes, N rows × positions of one probe, I inputs and O outputs of a layer, D entries of a vector.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mezo import philox
+from mezo.engines.torch.buffer import ProbeBuffers
+from mezo.engines.torch.space import ParameterSpace, direction_rows
+from mezo.estimator import Probe
+from mezo.kernels import gpu
+
+# Elements of a linear layer's weight that are formed at once. On a CPU 8 MiB of scratch for each probe; on a GPU
+# a hundredth of the model, which leaves memory as it is, but enough for one matrix product to fill it.
+_LINEAR_BLOCK = 1 << 21
+_LINEAR_BLOCK_GPU = (1 << 23, 1 << 27)  # least and most
+_ALIGNED = 64  # outputs of a block: tensor cores want addresses that are
+
+
+class Dense:
+    """θ + scale · z(seed), formed in scratch for each read; z is drawn once for two probes that share it."""
+
+    def __init__(self, space: ParameterSpace, probes: Sequence[Probe]):
+        self.space = space
+        self.probes = probes
+        self.num_probes = len(probes)
+        self.read_names: set[str] = set()
+        self._names = {id(p): name for name, p in space.parameters.items()}
+        self._block = _LINEAR_BLOCK
+
+    def trains(self, value: object) -> bool:
+        """See `Weights.trains`."""
+        return id(value) in self._names
+
+    def linear(self, x_PNI: Tensor, weight: Tensor, bias_PO: Tensor | None, transposed: bool) -> Tensor:
+        """See `Weights.linear`. Goes block by block over output features, or at once if transposed."""
+        if transposed:
+            weights_PIO = self.whole(weight)
+            assert bias_PO is not None
+            return torch.stack([torch.addmm(*arguments) for arguments in zip(bias_PO, x_PNI, weights_PIO, strict=True)])
+        num_out, num_in = weight.shape
+        rows = max(_ALIGNED, self._block // num_in // _ALIGNED * _ALIGNED)
+        y_PNO = x_PNI.new_empty(*x_PNI.shape[:2], num_out)
+        for first in range(0, num_out, rows):
+            stop = min(num_out, first + rows)
+            for p, formed_N in enumerate(self._formed(weight, first * num_in, stop * num_in)):
+                weight_IO, out_NO = formed_N.view(-1, num_in).T, y_PNO[p, :, first:stop]
+                if bias_PO is None:
+                    torch.mm(x_PNI[p], weight_IO, out=out_NO)
+                else:
+                    torch.addmm(bias_PO[p, first:stop], x_PNI[p], weight_IO, out=out_NO)
+        return y_PNO
+
+    def rows(self, ids_PN: Tensor, weight: Tensor) -> Tensor:
+        """See `Weights.rows`. Only the rows that are gathered are perturbed."""
+        name = self._read(weight)
+        unique_R, inverse_PN = torch.unique(ids_PN, return_inverse=True)
+        theta_RD = weight.detach()[unique_R]
+        out, z_RD, seed = [], torch.empty(0), None
+        for probe, inverse_N in zip(self.probes, inverse_PN, strict=True):
+            if probe.seed != seed:
+                seed, z_RD = probe.seed, direction_rows(probe.seed, name, unique_R, weight.shape[1])
+            factor = probe.scale * self.space.scale(name, probe.seed)
+            out.append(z_RD.mul(factor).add_(theta_RD).to(weight.dtype)[inverse_N])
+        return torch.stack(out)
+
+    def whole(self, parameter: Tensor) -> Tensor:
+        """See `Weights.whole`."""
+        return torch.stack(list(self._formed(parameter, 0, parameter.numel()))).view(self.num_probes, *parameter.shape)
+
+    def _read(self, parameter: Tensor) -> str:
+        name = self._names[id(parameter)]
+        self.read_names.add(name)
+        return name
+
+    def _formed(self, parameter: Tensor, start: int, stop: int) -> Sequence[Tensor]:
+        """Elements [start, stop) under each probe, in the parameter's type."""
+        name = self._read(parameter)
+        stream = philox.stream_id("direction", name)
+        theta_N = parameter.detach().view(-1)[start:stop]
+        formed: list[Tensor] = []
+        while len(formed) < self.num_probes:
+            (seed, scale), *rest = self.probes[len(formed) :]
+            factor = scale * self.space.scale(name, seed)
+            if rest and rest[0] == (seed, -scale):
+                formed += philox.add_normals_both(theta_N, factor, seed, stream, start)
+            else:
+                formed.append(philox.add_normals(theta_N, factor, seed, stream, start))
+        return [formed_N.to(parameter.dtype) for formed_N in formed]
+
+
+class Keys(NamedTuple):
+    """What a kernel needs of P probes, on the device."""
+
+    seeds_P: Tensor
+    factors_KP: Tensor  # of each parameter
+    paired: bool  # see `is_paired`
+
+
+class ProbeKeys:
+    """Seeds and factors of probes on a GPU; for a number of probes always in the same place, as CUDA graphs need it.
+
+    Args:
+        space: the trained parameters.
+        device: where they are.
+    """
+
+    def __init__(self, space: ParameterSpace, device: torch.device):
+        self._space = space
+        self._device = device
+        self._kept: dict[int, tuple[Tensor, Tensor]] = {}
+        self._written: tuple[Probe, ...] = ()
+
+    def write(self, probes: Sequence[Probe]) -> Keys:
+        """The keys of the probes; writes them unless they are those of the last call."""
+        count = len(probes)
+        if count not in self._kept:
+            factors_KP = torch.empty(len(self._space.parameters), count, device=self._device)
+            self._kept[count] = torch.empty(count, dtype=torch.int64, device=self._device), factors_KP
+            self._written = ()
+        seeds_P, factors_KP = self._kept[count]
+        if tuple(probes) != self._written:
+            seeds_P.copy_(gpu.seeds_on([p.seed for p in probes], torch.device("cpu")))
+            scales = [[p.scale * self._space.scale(name, p.seed) for p in probes] for name in self._space.parameters]
+            factors_KP.copy_(torch.tensor(scales))
+            self._written = tuple(probes)
+        return Keys(seeds_P, factors_KP, is_paired(probes))
+
+
+def is_paired(probes: Sequence[Probe]) -> bool:
+    """Whether each two probes are the two signs of one direction."""
+    return len(probes) % 2 == 0 and all(a == (b.seed, -b.scale) for a, b in zip(probes[::2], probes[1::2], strict=True))
+
+
+class DenseOnGPU(Dense):
+    """The same bits by one kernel for all probes, which reads the probes from memory: a CUDA graph can replay it."""
+
+    def __init__(self, space: ParameterSpace, keys: ProbeKeys, probes: Sequence[Probe]):
+        super().__init__(space, probes)
+        least, most = _LINEAR_BLOCK_GPU
+        self._block = max(least, min(most, space.num_parameters() // 100))
+        self._places = {name: place for place, name in enumerate(space.parameters)}
+        self._keys = keys.write(probes)
+
+    def rows(self, ids_PN: Tensor, weight: Tensor) -> Tensor:
+        """See `Weights.rows`."""
+        name = self._read(weight)
+        factors_P = self._keys.factors_KP[self._places[name]]
+        stream = philox.stream_id("direction", name)
+        return gpu.perturb_rows(weight.detach(), ids_PN, self._keys.seeds_P, factors_P, stream)
+
+    def whole(self, parameter: Tensor) -> Tensor:
+        """See `Weights.whole`."""
+        return self._under_probes(parameter, 0, parameter.numel()).view(self.num_probes, *parameter.shape)
+
+    def _formed(self, parameter: Tensor, start: int, stop: int) -> Sequence[Tensor]:
+        return self._under_probes(parameter, start, stop).unbind()
+
+    def _under_probes(self, parameter: Tensor, start: int, stop: int) -> Tensor:
+        name = self._read(parameter)
+        theta_N = parameter.detach().view(-1)[start:stop]
+        seeds_P, factors_KP, paired = self._keys
+        stream = philox.stream_id("direction", name)
+        return gpu.perturb(theta_N, start, seeds_P, factors_KP[self._places[name]], stream, paired=paired)
+
+
+class Copies:
+    """The same, formed before the pass as whole copies of all parameters: for small models in float32.
+
+    No kernel of the pass depends on the seed, so a CUDA graph can replay it.
+
+    Args:
+        space: the trained parameters.
+        buffers: where the copies lie.
+        probes: under which they are.
+    """
+
+    def __init__(self, space: ParameterSpace, buffers: ProbeBuffers, probes: Sequence[Probe]):
+        self.num_probes = len(probes)
+        self.read_names: set[str] = set()
+        self._names = {id(p): name for name, p in space.parameters.items()}
+        self._buffers = buffers
+        self._flat_PN = buffers.write(probes)
+
+    def trains(self, value: object) -> bool:
+        """See `Weights.trains`."""
+        return id(value) in self._names
+
+    def linear(self, x_PNI: Tensor, weight: Tensor, bias_PO: Tensor | None, transposed: bool) -> Tensor:
+        """See `Weights.linear`."""
+        weight_PIO = self.whole(weight) if transposed else self.whole(weight).mT
+        if bias_PO is None:
+            return torch.bmm(x_PNI, weight_PIO)
+        return torch.baddbmm(bias_PO[:, None], x_PNI, weight_PIO)
+
+    def rows(self, ids_PN: Tensor, weight: Tensor) -> Tensor:
+        """See `Weights.rows`."""
+        probe_P1 = torch.arange(self.num_probes, device=ids_PN.device)[:, None]
+        return self.whole(weight)[probe_P1, ids_PN]
+
+    def whole(self, parameter: Tensor) -> Tensor:
+        """See `Weights.whole`."""
+        name = self._names[id(parameter)]
+        self.read_names.add(name)
+        return self._buffers.part(self._flat_PN, name)
