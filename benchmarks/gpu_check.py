@@ -8,6 +8,7 @@ sums, captured passes from plain ones too; a short run on the GPU must replay to
 
 import argparse
 import csv
+import dataclasses
 import functools
 import sys
 import tempfile
@@ -20,9 +21,11 @@ from provenance import provenance
 from transformers import BertConfig, BertForSequenceClassification
 
 from mezo import philox
+from mezo.engines.torch.dense import ProbeKeys
 from mezo.engines.torch.engine import TorchEngine
 from mezo.engines.torch.space import ParameterSpace
 from mezo.estimator import Probe, Record, TwoPoint
+from mezo.kernels import gpu
 from mezo.objective import Example, Target, TokenSequence, batch_loss
 
 STREAM = philox.stream_id("direction", "weight")
@@ -40,7 +43,7 @@ def words_equal() -> bool:
 
 def normals_equal() -> bool:
     starts = torch.tensor([0, 3, 1021, (1 << 34) + 1])
-    for width in (1, 255, 1024, 300_001):
+    for width in (1, 255, 1024, 300_001, 1 << 24):  # the last one meets every entry of the tables
         expected = philox.reference_normals(9, STREAM, starts, width)
         for function in (philox.normals, philox.reference_normals):
             if not torch.equal(function(9, STREAM, starts.cuda(), width).cpu(), expected):
@@ -55,11 +58,21 @@ def probes_equal(dtype: torch.dtype) -> bool:
     )
 
 
-def both_signs_equal(dtype: torch.dtype) -> bool:
-    base = torch.linspace(-0.05, 0.05, 123_457).to(dtype)
-    on_gpu = philox.add_normals_both(base.cuda(), 1e-3, 5, STREAM, 7)
-    on_cpu = philox.add_normals_both(base, 1e-3, 5, STREAM, 7)
-    return all(torch.equal(a.cpu(), b.to(dtype)) for a, b in zip(on_gpu, on_cpu, strict=True))
+def all_probes_equal(dtype: torch.dtype) -> bool:
+    """Probes formed by one kernel, and rows of them, against the CPU's one after the other."""
+    probes = [(5, 1e-3), (5, -1e-3), (2**64 - 3, 0.5), (2**64 - 3, -0.5)]
+    seeds, factors = gpu.seeds_on([s for s, _ in probes], torch.device("cuda")), torch.tensor([f for _, f in probes])
+    for width in (123_457, 8 * 4096):
+        base = torch.linspace(-0.05, 0.05, width).to(dtype)
+        expected = [philox.add_normals(base, f, s, STREAM, 1 << 34).to(dtype) for s, f in probes]
+        for paired in (True, False):
+            found = gpu.perturb(base.cuda(), 1 << 34, seeds, factors.cuda(), STREAM, paired=paired)
+            if not torch.equal(found.cpu(), torch.stack(expected)):
+                return False
+    expected = [philox.add_normals(base, f, s, STREAM, 0).to(dtype).view(64, 512) for s, f in probes]
+    ids = torch.randint(0, 64, (4, 100), generator=torch.Generator().manual_seed(0))
+    rows = gpu.perturb_rows(base.view(64, 512).cuda(), ids.cuda(), seeds, factors.cuda(), STREAM)
+    return torch.equal(rows.cpu(), torch.stack([t[i] for t, i in zip(expected, ids, strict=True)]))
 
 
 def updates_equal(dtype: torch.dtype) -> bool:
@@ -116,10 +129,15 @@ def losses_close(low_rank: tuple[int, int] | None = None) -> bool:
     return bool((on_gpu - on_cpu).abs().max() < 1e-5)
 
 
-def graphs_close(low_rank: tuple[int, int] | None = None) -> bool:
-    """Passes that are captured and replayed against plain ones, in a short run over batches of three sizes."""
+def graphs_close(low_rank: tuple[int, int] | None = None, *, formed: bool = False) -> bool:
+    """Passes that are captured and replayed against plain ones, in a short run over batches of three sizes.
+
+    Dense probes of a small model are whole copies, unless they are `formed` layer by layer as a large one's.
+    """
     graphs, plain = (engine_on("cuda", low_rank=low_rank) for _ in range(2))
     plain._graphs = plain._copies = None
+    if formed:
+        graphs._copies, graphs._keys = None, ProbeKeys(graphs.space, torch.device("cuda"))
     rows = examples()
     for step in range(12):
         probes, batch = TwoPoint(0, 1e-3).probes(step), rows[: (16, 9, 4)[step % 3]]
@@ -156,27 +174,49 @@ def replays(dtype: torch.dtype, low_rank: tuple[int, int] | None = None) -> bool
     return True
 
 
-def bandwidth(dtype: torch.dtype, *, copy: bool = False) -> float:
-    """GB/s read and written by one update of 2 GiB of weights, or by a copy of them; median of 10."""
-    weights = torch.zeros((2 << 30) // dtype.itemsize, dtype=dtype, device="cuda").view(-1, 4096)
+def updated(weights: torch.Tensor) -> tuple[Callable[[int], object], int]:
+    """An update of weights, and the bytes it moves."""
     space = ParameterSpace({"w": weights})
-    other = torch.empty_like(weights) if copy else None
+    record = Record(0, 0, 0.0, 0.0, 0.7, 1e-5, 1, 1)
+    step = lambda n: space.update([dataclasses.replace(record, seed=philox.derive_seed(1, n))], 0.0)  # noqa: E731
+    return step, 2 * weights.nbytes
+
+
+def both_signs(weights: torch.Tensor) -> tuple[Callable[[int], object], int]:
+    """Both probes of weights formed in scratch, an eighth at a time."""
+    seeds, factors = gpu.seeds_on([1, 1], weights.device), torch.tensor([1e-3, -1e-3], device=weights.device)
+    parts = weights.view(-1).chunk(8)
+
+    def form(_: int) -> None:
+        for i, part in enumerate(parts):
+            gpu.perturb(part, i * len(parts[0]), seeds, factors, STREAM, paired=True)
+
+    return form, 3 * weights.nbytes
+
+
+def copied(weights: torch.Tensor) -> tuple[Callable[[int], object], int]:
+    """A copy."""
+    other = torch.empty_like(weights)
+    return lambda _: other.copy_(weights), 2 * weights.nbytes
+
+
+def bandwidth(what: Callable[[torch.Tensor], tuple[Callable[[int], object], int]], dtype: torch.dtype) -> str:
+    """GB/s that something reads and writes of 2 GiB of weights; median of 10."""
+    weights = torch.randn((2 << 30) // dtype.itemsize, dtype=dtype, device="cuda").view(-1, 4096)
+    step, num_bytes = what(weights)
     times = []
-    for step in range(12):
+    for n in range(12):
         torch.cuda.synchronize()
         start = time.perf_counter()
-        if other is not None:
-            other.copy_(weights)
-        else:
-            space.update([Record(step, philox.derive_seed(1, step), 0.0, 0.0, 0.7, 1e-5, 1, 1)], 0.0)
+        step(n)
         torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
-    return 2 * weights.numel() * dtype.itemsize / sorted(times)[6] / 1e9
+    return f"{num_bytes / sorted(times)[6] / 1e9:.0f}"
 
 
 PER_TYPE: dict[str, Callable[[torch.dtype], bool]] = {
     "probes equal": probes_equal,
-    "both signs from one draw equal": both_signs_equal,
+    "all probes from one kernel equal": all_probes_equal,
     "updates equal": updates_equal,
     "weights untouched": weights_untouched,
     "replay equal on GPU and CPU": replays,
@@ -192,14 +232,16 @@ def main() -> int:
         for what, check in PER_TYPE.items():
             checks[f"{what}, {dtype}"] = functools.partial(check, dtype)
         checks[f"low rank: replay equal on GPU and CPU, {dtype}"] = functools.partial(replays, dtype, (2, 6))
-        checks[f"update, GB/s, {dtype}"] = lambda dtype=dtype: f"{bandwidth(dtype):.0f}"  # type: ignore[misc]
+        checks[f"update, GB/s, {dtype}"] = functools.partial(bandwidth, updated, dtype)
+        checks[f"both signs, GB/s, {dtype}"] = functools.partial(bandwidth, both_signs, dtype)
     checks |= {
         "128 tensors in one launch equal": segments_equal,
         "losses within 1e-5": losses_close,
         "low rank: losses within 1e-5": lambda: losses_close((2, 6)),
         "captured passes within 1e-5": graphs_close,
+        "dense: captured passes within 1e-5": lambda: graphs_close(formed=True),
         "low rank: captured passes within 1e-5": lambda: graphs_close((2, 6)),
-        "copy, GB/s": lambda: f"{bandwidth(torch.float32, copy=True):.0f}",
+        "copy, GB/s": functools.partial(bandwidth, copied, torch.float32),
     }
     results: dict[str, object] = {}
     for name, run in checks.items():
