@@ -201,8 +201,8 @@ def copied(weights: torch.Tensor) -> tuple[Callable[[int], object], int]:
 
 
 def bandwidth(what: Callable[[torch.Tensor], tuple[Callable[[int], object], int]], dtype: torch.dtype) -> str:
-    """GB/s that something reads and writes of 2 GiB of weights; median of 10."""
-    weights = torch.randn((2 << 30) // dtype.itemsize, dtype=dtype, device="cuda").view(-1, 4096)
+    """GB/s that something reads and writes of 8 GiB of weights; median of 10."""
+    weights = torch.randn((8 << 30) // dtype.itemsize, dtype=dtype, device="cuda").view(-1, 4096)
     step, num_bytes = what(weights)
     times = []
     for n in range(12):

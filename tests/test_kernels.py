@@ -118,8 +118,10 @@ factors = [[-r.learning_rate * r.coefficient * found.scale(k, r.seed) for r in r
 gpu.update_many(table, dtype, [r.seed for r in records], factors, 1 - 1e-3 * 0.1)
 expected.update(records, weight_decay=0.1)
 for name in start:
-    assert torch.equal(found.parameters[name].view(torch.int16), expected.parameters[name].view(torch.int16)), name
-    assert not torch.equal(found.parameters[name], start[name])
+    a, b = found.parameters[name], expected.parameters[name]
+    assert torch.equal(a.isnan(), b.isnan())  # which of the many NaN it is depends on the machine
+    assert torch.equal(a.view(torch.int16)[~a.isnan()], b.view(torch.int16)[~a.isnan()]), name
+    assert not torch.equal(a, start[name])
 """
     )
 

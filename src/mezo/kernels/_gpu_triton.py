@@ -56,7 +56,8 @@ def _interleaved(a0, a1, a2, a3):
 
 @triton.jit
 def _normals(block, seed, stream):
-    """The normals of counter blocks, 8 of each; `seed` and `stream` are int64."""
+    """The normals of counter blocks, 8 of each. A small seed arrives as int32."""
+    seed, stream = tl.cast(seed, tl.int64), tl.cast(stream, tl.int64)
     w0, w1, w2, w3 = _philox(block, seed, seed >> 32, stream, stream >> 32)
     a0, b0 = _box_muller(w0)
     a1, b1 = _box_muller(w1)
@@ -148,14 +149,16 @@ def _rounding_bits(block, seed, stream):
 
 @triton.jit
 def _stochastic_round(x, bits, IS_BFLOAT16: tl.constexpr):
-    """See `mezo.engines.torch.rounding.stochastic_round`; float32."""
+    """See `mezo.engines.torch.rounding.stochastic_round`. Infinities have no mantissa that bits could carry from."""
     raw = x.to(tl.int32, bitcast=True)
-    dropped: tl.constexpr = 0xFFFF if IS_BFLOAT16 else 0x1FFF
-    rounded = ((raw + (bits & dropped)) & ~dropped).to(tl.float32, bitcast=True)
-    if not IS_BFLOAT16:
+    if IS_BFLOAT16:
+        rounded = tl.where(x != x, 0x7FC00000, raw + bits)  # noqa: PLR0124
+        return (rounded >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    else:
+        rounded = ((raw + (bits & 0x1FFF)) & -0x2000).to(tl.float32, bitcast=True)
         steps = tl.floor(x * 16777216.0 + bits.to(tl.float32) * 1.52587890625e-05) * 5.960464477539063e-08
         rounded = tl.where(tl.abs(x) < 6.103515625e-05, steps, rounded)
-    return tl.where((raw & 0x7F800000) == 0x7F800000, x, rounded)
+        return tl.where(x != x, x, rounded).to(tl.float16)  # noqa: PLR0124
 
 
 @triton.jit
@@ -171,8 +174,7 @@ def _update(
     for record in range(num_records):
         value = value + tl.load(factor_ptr + record) * _normals(counter, tl.load(seeds_ptr + record), stream)
     bits = _rounding_bits(counter, tl.load(seeds_ptr), rounding)
-    value = _stochastic_round(value, bits, IS_BFLOAT16)
-    tl.store(weight_ptr + i, value.to(weight_ptr.dtype.element_ty), mask=inside)
+    tl.store(weight_ptr + i, _stochastic_round(value, bits, IS_BFLOAT16), mask=inside)
 
 
 @triton.jit(do_not_specialize=["keep"])
