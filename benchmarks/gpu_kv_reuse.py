@@ -1,6 +1,7 @@
 """What reuse of keys and values saves: a training step with it against the same step without.
 
-    python benchmarks/gpu_kv_reuse.py sglang|torch [--shape NAME] [--repeats 10] [--random_weights] [--output FILE.csv]
+    python benchmarks/gpu_kv_reuse.py sglang|torch [--shape NAME] [--settings TEXT] [--repeats 10] [--random_weights]
+        [--output FILE.csv]
 
 sglang: Llama-8B shape with SGLang's dummy weights, which make all losses the same; with `--random_weights` a checkpoint
 of normal ones is written and loaded, which is what loss_difference needs. torch: OPT-1.3B shape with random bfloat16
@@ -127,7 +128,7 @@ def make_weights(folder: str) -> None:
         torch.cuda.empty_cache()
 
 
-def on_sglang(shape: str, repeats: int, random_weights: bool) -> list[dict[str, str]]:
+def on_sglang(shape: str, names: list[str], repeats: int, random_weights: bool) -> list[dict[str, str]]:
     from mezo.engines.sglang.build import adapter_on_meta, engine_arguments
     from mezo.engines.sglang.client import Colocated
     from mezo.engines.sglang.engine import SGLangEngine
@@ -154,12 +155,12 @@ def on_sglang(shape: str, repeats: int, random_weights: bool) -> list[dict[str, 
         engine._share_prefixes = on
 
     try:
-        return measure(engine, share, list(SETTINGS), SHAPES[shape]["vocab_size"], repeats)  # type: ignore[arg-type]
+        return measure(engine, share, names, SHAPES[shape]["vocab_size"], repeats)  # type: ignore[arg-type]
     finally:
         engine.close()
 
 
-def on_torch(shape: str, repeats: int, random_weights: bool) -> list[dict[str, str]]:
+def on_torch(shape: str, names: list[str], repeats: int, random_weights: bool) -> list[dict[str, str]]:
     from transformers import OPTConfig, OPTForCausalLM
 
     from mezo.adapter import add_adapter
@@ -180,19 +181,22 @@ def on_torch(shape: str, repeats: int, random_weights: bool) -> list[dict[str, s
     def share(on: bool) -> None:
         engine._share, engine._store = on, TensorStore(4_000_000_000 if on else 0, device)
 
-    return measure(engine, share, TORCH_SETTINGS, 50272, repeats)
+    return measure(engine, share, names, 50272, repeats)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("engine", choices=["sglang", "torch"])
     parser.add_argument("--shape")
+    parser.add_argument("--settings", default="", help="only those whose name holds this")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--random_weights", action="store_true")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     shape = options.shape or {"sglang": "llama-8b", "torch": "opt-1.3b"}[options.engine]
-    rows = {"sglang": on_sglang, "torch": on_torch}[options.engine](shape, options.repeats, options.random_weights)
+    run, settings = {"sglang": (on_sglang, SETTINGS), "torch": (on_torch, TORCH_SETTINGS)}[options.engine]
+    names = [name for name in settings if options.settings in name]
+    rows = run(shape, names, options.repeats, options.random_weights)
     weights = "random" if options.random_weights or options.engine == "torch" else "dummy"
     facts = {"engine": options.engine, "model": shape, "weights": weights, **provenance()}
     for row in rows:

@@ -14,7 +14,7 @@ def test_small_tiles(width):
 
     usual = sizes()
     with small_tiles(3):
-        assert sizes() == (*usual[:3], 16, usual[4], 4)
+        assert sizes() == (*usual[:3], 16, usual[4], 2)
     with small_tiles(17):
         assert sizes() == usual
     with pytest.raises(KeyError), small_tiles(3):

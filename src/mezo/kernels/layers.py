@@ -17,7 +17,7 @@ from mezo.kernels import gpu
 if TYPE_CHECKING:
     from types import ModuleType
 
-_ROWS, _OUTPUTS = 32, 256  # of a program
+_ROWS, _OUTPUTS = 16, 256  # of a program
 
 
 class LowRankSum(NamedTuple):

@@ -23,7 +23,8 @@ OLDEST, NEWEST = (0, 5, 17), (0, 5, 20)
 
 # Attention backends, by class, that write a layer's new keys and values before they read any; tested.
 _WRITE_BEFORE_READING = frozenset(["TritonAttnBackend", "TorchNativeAttnBackend"])
-_SMALL_TILE = 16  # the fewest rows of a tensor core's product
+_SMALL_TILE, _SMALL_TILE_WARPS = 16, 2  # the fewest rows of a tensor core's product
+_FILLING_TOKENS = 2048  # new tokens that keep a GPU busy while the next batch is prepared
 
 # Where the plugin hooks in; `sglang.srt.plugins.hook_registry` resolves the names.
 SET_STATE = "sglang.srt.managers.scheduler.Scheduler.set_internal_state"
@@ -350,7 +351,7 @@ class Prefill:
         try:
             for number, ids in enumerate(body["input_ids"]):
                 request = self._request(body, number)
-                if requests and not self._fits(request, tokens, len(requests)):
+                if requests and self._closes(requests, tokens, request):
                     self._tree.dec_lock_ref(request.last_node)
                     batch, requests, tokens = requests, [], 0
                     parts.append(self._forward(batch, body))
@@ -372,6 +373,15 @@ class Prefill:
         self._matches.forget()
         for request in requests:
             self._tree.dec_lock_ref(request.last_node)
+
+    def _closes(self, requests: Sequence[Any], tokens: int, request: Any) -> bool:
+        """Whether a batch of so many new tokens runs without one more request.
+
+        There is no room for it, or the request is another probe's and the batch keeps the GPU busy while that one's
+        rows are prepared.
+        """
+        busy = tokens >= _FILLING_TOKENS and request.lora_id != requests[-1].lora_id
+        return busy or not self._fits(request, tokens, len(requests))
 
     def _fits(self, request: Any, tokens: int, rows: int) -> bool:
         """Whether a batch of so many rows and new tokens has room for one more."""
@@ -481,7 +491,7 @@ def small_tiles(longest: int) -> Iterator[None]:
 
     def small(query_width: int, value_width: int) -> tuple[int, ...]:
         *widths, _, keys, _ = usual(query_width, value_width)
-        return (*widths, _SMALL_TILE, keys, 4)
+        return (*widths, _SMALL_TILE, keys, _SMALL_TILE_WARPS)
 
     module._get_block_sizes_for_extend_attention = small  # type: ignore[attr-defined]
     try:
