@@ -51,6 +51,7 @@ def rounded(exact, dtype):
     if dtype == torch.bfloat16:  # the interpreter cuts bits off; a GPU rounds to nearest (benchmarks/gpu_check.py)
         exact = (exact.view(torch.int32) & -65536).view(torch.float32)
     return exact.to(dtype)
+gpu.REPEAT, gpu._MANY = 2, 2000
 seeds, factors = gpu.seeds_on([SEED, SEED, 7, 7], torch.device("cpu")), torch.tensor([1e-3, -1e-3, 0.5, -0.5])
 """
 
@@ -60,7 +61,7 @@ def test_perturb():
     interpreted(
         ROUNDED
         + """
-cases = ((1, 0, "float32"), (1500, 2**35 + 8, "float32"), (1030, 16, "bfloat16"), (9000, 0, "float16"))
+cases = ((1, 0, "float32"), (1500, 2**35 + 8, "float32"), (1030, 16, "bfloat16"), (4000, 0, "float16"))
 for (width, start, dtype), probes, paired in itertools.product(cases, (2, 4), (True, False)):
     b = base(width, getattr(torch, dtype))
     found = gpu.perturb(b, start, seeds[:probes], factors[:probes], STREAM, paired=paired)
@@ -84,6 +85,30 @@ for width, dtype in ((8, torch.float32), (13, torch.float32), (1100, torch.bfloa
         assert torch.equal(found[p], rounded(table.float() + factor * z, dtype)[ids[p]])
 """
     )
+
+
+def test_dense_probes_of_a_model():
+    """One kernel for all probes, reading them from memory, against probes formed one after the other: the same bits."""
+    interpreted("""
+from transformers import BertConfig, BertForSequenceClassification
+from mezo.engines.torch.dense import Dense, DenseOnGPU, ProbeKeys
+from mezo.engines.torch.perturbed import PerturbedForward
+from mezo.engines.torch.space import ParameterSpace
+from mezo.estimator import Probe
+torch.manual_seed(0)
+config = BertConfig(hidden_size=24, num_hidden_layers=1, num_attention_heads=2, intermediate_size=80, vocab_size=50)
+model = BertForSequenceClassification(config).eval().requires_grad_(False)
+space = ParameterSpace(dict(model.named_parameters()), widths={"classifier.weight": 3.0})
+ids = torch.arange(8).view(4, 2)
+keys = ProbeKeys(space, torch.device("cpu"))
+for probes in ([Probe(2**64 - 3, 0.05), Probe(2**64 - 3, -0.05)], [Probe(5, 0.05), Probe(6, 0.05)]):
+    logits = []
+    for weights in (Dense(space, probes), DenseOnGPU(space, keys, probes)):
+        with torch.no_grad(), PerturbedForward(weights):
+            logits.append(model(ids).logits)
+    assert torch.equal(*logits), (logits[0] - logits[1]).abs().max()
+    assert (logits[0] - model(ids).logits).abs().max() > 1e-3
+""")
 
 
 def test_add_normals_many():

@@ -99,13 +99,13 @@ def perturb(
     PROBES: tl.constexpr, PAIRED: tl.constexpr, BLOCKS: tl.constexpr, REPEAT: tl.constexpr,
 ):  # fmt: skip
     """out[p, i] = base[i] + factor[p] * z(seed[p], 8 · first_block + i); program (group,)."""
-    for part in range(REPEAT):
-        block = (tl.program_id(0).to(tl.int64) * REPEAT + part) * BLOCKS + tl.arange(0, BLOCKS)
-        i = (tl.program_id(0).to(tl.int64) * REPEAT + part) * BLOCKS * 8 + tl.arange(0, 8 * BLOCKS)
+    first = tl.program_id(0) * REPEAT * BLOCKS
+    for block in range(first, min(first + REPEAT * BLOCKS, (width + 7) // 8), BLOCKS):
+        counter = tl.cast(first_block, tl.int64) + block + tl.arange(0, BLOCKS)
+        i = block * 8 + tl.arange(0, 8 * BLOCKS)
         inside = i < width
         base = tl.load(base_ptr + i, mask=inside).to(tl.float32)
-        _store_probes(out_ptr, i, width, base, first_block + block, inside, seeds_ptr, factors_ptr, stream,
-                      PROBES, PAIRED)  # fmt: skip
+        _store_probes(out_ptr, i, width, base, counter, inside, seeds_ptr, factors_ptr, stream, PROBES, PAIRED)
 
 
 @triton.jit(do_not_specialize=["stream"])

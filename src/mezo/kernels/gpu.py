@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 _NORMALS = 8  # of a counter block
 _BLOCKS = 128  # counter blocks of a program: one for each thread
 REPEAT = 8  # times that a program of a large tensor does so
+_MANY = 1 << 21  # elements of a large tensor: enough for all of a GPU's processors
 PIECE = 1 << 16  # elements of a tensor that one row of a table covers; a multiple of what a program covers
 
 
@@ -43,7 +44,16 @@ def add_normals(out_RW: Tensor, base_RW: Tensor, scale: float, seed: int, stream
     return out_RW
 
 
-def perturb(base_N: Tensor, start: int, seeds_P: Tensor, factors_P: Tensor, stream: int, *, paired: bool) -> Tensor:
+def perturb(
+    base_N: Tensor,
+    start: int,
+    seeds_P: Tensor,
+    factors_P: Tensor,
+    stream: int,
+    *,
+    paired: bool,
+    out: Tensor | None = None,
+) -> Tensor:
     """`base + factor · z(seed)` of elements [start, start + N) under each probe, [P, N] of the base's type.
 
     Args:
@@ -53,15 +63,18 @@ def perturb(base_N: Tensor, start: int, seeds_P: Tensor, factors_P: Tensor, stre
         factors_P: float32.
         stream: see `mezo.philox.stream_id`.
         paired: probes 2i and 2i + 1 have the same seed and opposite factors, so z is drawn once for both.
+        out: memory to write into, of the base's type and at least P · N elements; new memory if not given.
     """
-    assert start % _NORMALS == 0
     (num_probes,), width = seeds_P.shape, len(base_N)
-    out_PN = base_N.new_empty(num_probes, width)
-    groups = -(-width // (_NORMALS * _BLOCKS * REPEAT))
+    assert start % _NORMALS == 0 and width < 1 << 31
+    repeat = REPEAT if width >= _MANY else 1
+    out = base_N.new_empty(num_probes * width) if out is None else out[: num_probes * width]
+    out_PN = out.view(num_probes, width)
+    groups = -(-width // (_NORMALS * _BLOCKS * repeat))
     with torch.cuda.device(base_N.device):
         _kernels().perturb[(groups,)](
             out_PN, base_N, start // _NORMALS, width, seeds_P, factors_P, _signed(stream), PROBES=num_probes,
-            PAIRED=paired, BLOCKS=_BLOCKS, REPEAT=REPEAT, enable_fp_fusion=False,
+            PAIRED=paired, BLOCKS=_BLOCKS, REPEAT=repeat, enable_fp_fusion=False,
         )  # fmt: skip
     return out_PN
 

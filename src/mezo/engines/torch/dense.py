@@ -46,7 +46,7 @@ class Dense:
             assert bias_PO is not None
             return torch.stack([torch.addmm(*arguments) for arguments in zip(bias_PO, x_PNI, weights_PIO, strict=True)])
         num_out, num_in = weight.shape
-        rows = max(_ALIGNED, self._block // num_in // _ALIGNED * _ALIGNED)
+        rows = _rows_of_block(self._block, num_in)
         y_PNO = x_PNI.new_empty(*x_PNI.shape[:2], num_out)
         for first in range(0, num_out, rows):
             stop = min(num_out, first + rows)
@@ -96,12 +96,17 @@ class Dense:
         return [formed_N.to(parameter.dtype) for formed_N in formed]
 
 
+def _rows_of_block(block: int, num_in: int) -> int:
+    """Outputs of a linear layer that are formed at once."""
+    return max(_ALIGNED, block // num_in // _ALIGNED * _ALIGNED)
+
+
 class Keys(NamedTuple):
     """What a kernel needs of P probes, on the device."""
 
     seeds_P: Tensor
     factors_KP: Tensor  # of each parameter
-    paired: bool  # see `is_paired`
+    scratch: Tensor  # memory for the largest block of a layer under all probes
 
 
 class ProbeKeys:
@@ -115,23 +120,31 @@ class ProbeKeys:
     def __init__(self, space: ParameterSpace, device: torch.device):
         self._space = space
         self._device = device
-        self._kept: dict[int, tuple[Tensor, Tensor]] = {}
+        least, most = _LINEAR_BLOCK_GPU
+        self.block = max(least, min(most, space.num_parameters() // 100))
+        matrices = [p.shape for p in space.parameters.values() if p.ndim == 2]
+        self._largest = max((i * min(o, _rows_of_block(self.block, i)) for o, i in matrices), default=0)
+        self._dtypes = {p.dtype for p in space.parameters.values() if p.ndim == 2}
+        self._kept: dict[int, Keys] = {}
         self._written: tuple[Probe, ...] = ()
 
     def write(self, probes: Sequence[Probe]) -> Keys:
         """The keys of the probes; writes them unless they are those of the last call."""
         count = len(probes)
         if count not in self._kept:
+            seeds_P = torch.empty(count, dtype=torch.int64, device=self._device)
             factors_KP = torch.empty(len(self._space.parameters), count, device=self._device)
-            self._kept[count] = torch.empty(count, dtype=torch.int64, device=self._device), factors_KP
+            num_bytes = count * self._largest * max((d.itemsize for d in self._dtypes), default=0)
+            scratch = torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
+            self._kept[count] = Keys(seeds_P, factors_KP, scratch)
             self._written = ()
-        seeds_P, factors_KP = self._kept[count]
+        seeds_P, factors_KP, _ = self._kept[count]
         if tuple(probes) != self._written:
             seeds_P.copy_(gpu.seeds_on([p.seed for p in probes], torch.device("cpu")))
             scales = [[p.scale * self._space.scale(name, p.seed) for p in probes] for name in self._space.parameters]
             factors_KP.copy_(torch.tensor(scales))
             self._written = tuple(probes)
-        return Keys(seeds_P, factors_KP, is_paired(probes))
+        return self._kept[count]
 
 
 def is_paired(probes: Sequence[Probe]) -> bool:
@@ -144,8 +157,8 @@ class DenseOnGPU(Dense):
 
     def __init__(self, space: ParameterSpace, keys: ProbeKeys, probes: Sequence[Probe]):
         super().__init__(space, probes)
-        least, most = _LINEAR_BLOCK_GPU
-        self._block = max(least, min(most, space.num_parameters() // 100))
+        self._block = keys.block
+        self._paired = is_paired(probes)
         self._places = {name: place for place, name in enumerate(space.parameters)}
         self._keys = keys.write(probes)
 
@@ -158,17 +171,19 @@ class DenseOnGPU(Dense):
 
     def whole(self, parameter: Tensor) -> Tensor:
         """See `Weights.whole`."""
-        return self._under_probes(parameter, 0, parameter.numel()).view(self.num_probes, *parameter.shape)
+        whole_PN = self._under_probes(parameter, 0, parameter.numel(), None)
+        return whole_PN.view(self.num_probes, *parameter.shape)
 
     def _formed(self, parameter: Tensor, start: int, stop: int) -> Sequence[Tensor]:
-        return self._under_probes(parameter, start, stop).unbind()
+        """See `Dense._formed`; in the same memory each time."""
+        return self._under_probes(parameter, start, stop, self._keys.scratch.view(parameter.dtype)).unbind()
 
-    def _under_probes(self, parameter: Tensor, start: int, stop: int) -> Tensor:
+    def _under_probes(self, parameter: Tensor, start: int, stop: int, out: Tensor | None) -> Tensor:
         name = self._read(parameter)
         theta_N = parameter.detach().view(-1)[start:stop]
-        seeds_P, factors_KP, paired = self._keys
-        stream = philox.stream_id("direction", name)
-        return gpu.perturb(theta_N, start, seeds_P, factors_KP[self._places[name]], stream, paired=paired)
+        seeds_P, factors_KP, _ = self._keys
+        factors_P, stream = factors_KP[self._places[name]], philox.stream_id("direction", name)
+        return gpu.perturb(theta_N, start, seeds_P, factors_P, stream, paired=self._paired, out=out)
 
 
 class Copies:
