@@ -162,24 +162,22 @@ def _stochastic_round(x, bits, IS_BFLOAT16: tl.constexpr):
 
 
 @triton.jit
-def _update(
-    weight_ptr, block, size, keep, start, stream, seeds_ptr, factor_ptr, num_records, rounding,
-    WHOLE: tl.constexpr, IS_BFLOAT16: tl.constexpr, BLOCKS: tl.constexpr,
+def _updated(
+    value, counter, keep, stream, seeds_ptr, factor_ptr, num_records, rounding,
+    DECAYS: tl.constexpr, IS_BFLOAT16: tl.constexpr,
 ):  # fmt: skip
-    """BLOCKS blocks of a piece; all inside of it if `WHOLE`."""
-    i = block * 8 + tl.arange(0, 8 * BLOCKS)
-    counter = start // 8 + block + tl.arange(0, BLOCKS)
-    inside = None if WHOLE else i < size
-    value = tl.load(weight_ptr + i, mask=inside).to(tl.float32) * keep
+    """The weights of counter blocks after a step, rounded."""
+    value = value.to(tl.float32)
+    if DECAYS:
+        value = value * keep
     for record in range(num_records):
         value = value + tl.load(factor_ptr + record) * _normals(counter, tl.load(seeds_ptr + record), stream)
-    bits = _rounding_bits(counter, tl.load(seeds_ptr), rounding)
-    tl.store(weight_ptr + i, _stochastic_round(value, bits, IS_BFLOAT16), mask=inside)
+    return _stochastic_round(value, _rounding_bits(counter, tl.load(seeds_ptr), rounding), IS_BFLOAT16)
 
 
 @triton.jit(do_not_specialize=["keep"])
 def update_many(
-    table_ptr, seeds_ptr, factors_ptr, num_records, keep,
+    table_ptr, seeds_ptr, factors_ptr, num_records, keep, DECAYS: tl.constexpr,
     IS_BFLOAT16: tl.constexpr, PARTS: tl.constexpr, REPEAT: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """w[i] = round(keep · w[i] + Σ factor · z(start + i)) in place, for each piece of a table.
@@ -194,11 +192,21 @@ def update_many(
     size = tl.load(row + 2).to(tl.int32)
     stream, start, rounding = tl.load(row + 3), tl.load(row + 4), tl.load(row + 5)
     factor_ptr = factors_ptr + tl.load(row + 6) * num_records
+    lane, counter = tl.arange(0, 8 * BLOCKS), start // 8 + tl.arange(0, BLOCKS)
     first = (tl.program_id(0) % PARTS) * REPEAT * BLOCKS
-    for block in range(first, min(first + REPEAT * BLOCKS, (size + 7) // 8), BLOCKS):
-        if (block + BLOCKS) * 8 <= size:
-            _update(weight_ptr, block, size, keep, start, stream, seeds_ptr, factor_ptr, num_records, rounding,
-                    True, IS_BFLOAT16, BLOCKS)  # fmt: skip
-        else:
-            _update(weight_ptr, block, size, keep, start, stream, seeds_ptr, factor_ptr, num_records, rounding,
-                    False, IS_BFLOAT16, BLOCKS)  # fmt: skip
+    whole = min(first + REPEAT * BLOCKS, size // (8 * BLOCKS) * BLOCKS)  # up to here a program's blocks are all there
+    if first < whole:
+        following = tl.load(weight_ptr + first * 8 + lane)
+        for block in range(first, whole, BLOCKS):
+            value = following
+            following = tl.load(weight_ptr + min(block + BLOCKS, whole - BLOCKS) * 8 + lane)  # while these are computed
+            value = _updated(value, counter + block, keep, stream, seeds_ptr, factor_ptr, num_records, rounding,
+                             DECAYS, IS_BFLOAT16)  # fmt: skip
+            tl.store(weight_ptr + block * 8 + lane, value)
+    rest = max(first, whole)
+    if rest < min(first + REPEAT * BLOCKS, (size + 7) // 8):
+        i = rest * 8 + lane
+        value = tl.load(weight_ptr + i, mask=i < size)
+        value = _updated(value, counter + rest, keep, stream, seeds_ptr, factor_ptr, num_records, rounding,
+                         DECAYS, IS_BFLOAT16)  # fmt: skip
+        tl.store(weight_ptr + i, value, mask=i < size)

@@ -166,7 +166,7 @@ def update_many(
     with torch.cuda.device(table.device):
         parts = PIECE // (_NORMALS * _BLOCKS * REPEAT)
         _kernels().update_many[(len(table) * parts,)](
-            table, seeds_on(seeds, table.device), factors_TN, len(seeds), keep,
+            table, seeds_on(seeds, table.device), factors_TN, len(seeds), keep, DECAYS=keep != 1.0,
             IS_BFLOAT16=dtype == torch.bfloat16, PARTS=parts, REPEAT=REPEAT, BLOCKS=_BLOCKS, enable_fp_fusion=False,
         )  # fmt: skip
 
