@@ -2,7 +2,7 @@
 
     python benchmarks/methods.py --models FOLDER --data FOLDER --output FILE.csv
         [--parts methods published long twins] [--tasks minilm-mlm/sst2 …] [--methods mezo …] [--seeds 0 1 2]
-        [--jobs 1] [--minutes 60] [--plan]
+        [--jobs 1] [--gpus 1] [--minutes 60] [--plan]
 
 methods: 1,000 training rows, of which a fifth is held out. Every method tries the same number of learning rates, half a
 decade apart, for `--forwards` passes with the first seed; the one that ends with the lowest held-out loss runs with the
@@ -25,8 +25,10 @@ import json
 import logging
 import math
 import multiprocessing
+import os
 import statistics
 import tempfile
+import threading
 import time
 import warnings
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -211,11 +213,28 @@ def differentiable_loss(engine: Any, examples: list[Example]) -> torch.Tensor:
     return example_losses(examples, logits[row_T, position_T, token_T]).mean()
 
 
+def begin(parent: int, gpus: int, started: Any) -> None:
+    """In a new process: takes one GPU of several, and ends soon after its parent, which a time limit kills alone."""
+    if gpus > 1:
+        with started.get_lock():
+            os.environ["CUDA_VISIBLE_DEVICES"] = str(started.value % gpus)
+            started.value += 1
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def measure(options: argparse.Namespace) -> None:
     """Runs everything that is wanted and ends in time."""
     schedule, until = Schedule(options), time.monotonic() + 60 * options.minutes
     running: dict[Future[Rows], Job] = {}
-    with ProcessPoolExecutor(options.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+    context = multiprocessing.get_context("spawn")
+    beginning = (os.getpid(), options.gpus, context.Value("i", 0))
+    with ProcessPoolExecutor(options.jobs, mp_context=context, initializer=begin, initargs=beginning) as pool:
 
         def fill(jobs: list[Job], places: int) -> None:
             seconds = estimate(schedule)
@@ -270,7 +289,8 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--segment_steps", type=int, default=LONG_SEGMENT)
     found.add_argument("--long_rate", type=float, default=1e-5)
     found.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    found.add_argument("--jobs", type=int, default=1)
+    found.add_argument("--jobs", type=int, default=1, help="runs side by side")
+    found.add_argument("--gpus", type=int, default=1, help="GPUs that they are spread over")
     found.add_argument("--threads", type=int, default=1)
     found.add_argument("--minutes", type=float, default=math.inf)
     found.add_argument("--plan", action="store_true")

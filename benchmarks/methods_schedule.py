@@ -27,11 +27,13 @@ def steps_of(job: Job, options: argparse.Namespace) -> int:
     """Steps that a run takes, a segment of the long one by itself."""
     if job.phase.startswith("long"):
         return options.segment_steps
-    if job.phase in ("time", "published"):
-        return options.time_steps if job.phase == "time" else options.published_steps
+    if job.phase == "time":  # fewer of the longer ones
+        return max(min(10, options.time_steps), 2 * options.time_steps // forwards_per_step(job.method))
+    if job.phase == "published":
+        return options.published_steps
     if job.method.startswith(FIRST_ORDER):
         return max(1, 5 * (options.rows - options.rows // 5) // 16)
-    return options.forwards // forwards_per_step(job.method)
+    return max(1, options.forwards // forwards_per_step(job.method))
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -140,7 +142,7 @@ class Schedule:
 
 def estimate(schedule: Schedule) -> Estimate:
     o = schedule.options
-    return Estimate(schedule.found, o.jobs, functools.partial(steps_of, options=o), o.points + 1)
+    return Estimate(schedule.found, o.jobs / o.gpus, functools.partial(steps_of, options=o), o.points + 1)
 
 
 def plan(options: argparse.Namespace) -> list[tuple[str, str, str, int, float]]:

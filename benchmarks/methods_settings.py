@@ -130,12 +130,12 @@ class Estimate:
 
     Args:
         found: its rows.
-        jobs: runs side by side.
+        jobs: runs side by side on a GPU.
         steps: of a run.
         evaluations: in a run.
     """
 
-    def __init__(self, found: list[dict[str, str]], jobs: int, steps: Any, evaluations: int):
+    def __init__(self, found: list[dict[str, str]], jobs: float, steps: Any, evaluations: int):
         self._slower, self._steps, self._evaluations = max(1.0, SHARE * jobs), steps, evaluations
         self._step_seconds: dict[tuple[str, str], float] = {}
         self._whole: dict[tuple[str, str, str], list[float]] = defaultdict(list)

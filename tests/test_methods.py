@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import multiprocessing
+import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -59,7 +61,7 @@ def measured(tmp_path, monkeypatch):
 
     fails_at = [0]
     monkeypatch.setattr(methods, "run", run)
-    monkeypatch.setattr(methods, "ProcessPoolExecutor", lambda jobs, mp_context: ThreadPoolExecutor(1))
+    monkeypatch.setattr(methods, "ProcessPoolExecutor", lambda jobs, **_: ThreadPoolExecutor(1))
     return measure
 
 
@@ -122,6 +124,16 @@ def test_a_kill_in_the_middle_of_the_rows_is_not_possible(tmp_path):
     methods_schedule.append(path, rows_for(job, [(0, 0.5, 0.7)]))
     methods_schedule.append(path, rows_for(job, [(2, 0.5, 0.7)]))
     assert [row["forwards"] for row in methods_schedule.read(path)] == ["0", "2"]
+
+
+def test_runs_are_spread_over_gpus(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    started = multiprocessing.get_context("spawn").Value("i", 0)
+    found = []
+    for _ in range(3):
+        methods.begin(os.getppid(), 2, started)
+        found.append(os.environ["CUDA_VISIBLE_DEVICES"])
+    assert found == ["0", "1", "0"]
 
 
 @pytest.mark.parametrize("method", [*METHODS, *TWINS])
