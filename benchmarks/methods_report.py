@@ -107,6 +107,26 @@ def published(found: list[Row], show: Callable[[str], None] = print) -> None:
              f"({min(values):.1f}-{max(values):.1f}, {len(values)} seeds){beside}")  # fmt: skip
 
 
+def twins(found: list[Row], show: Callable[[str], None] = print) -> None:
+    """How far other types and engines are from the method that they are twins of, seed by seed, in percent.
+
+    Beside it, how far that method's seeds are from one another: curves are the same if the first is no more than the
+    second, which holds other rows and other directions, too.
+    """
+    for task, methods in finals(found).items():
+        for twin in methods.keys() & TWINS.keys():
+            curves = {name: {c[0]["seed"]: c for c in methods[name].curves} for name in (twin, TWINS[twin][0])}
+            ours, theirs = curves.values()
+            pairs = [(ours[seed], theirs[seed]) for seed in ours.keys() & theirs.keys()]
+            seeds = [(a, b) for a in theirs.values() for b in theirs.values() if a is not b]
+            show(f"{task:18} {twin}: accuracies {_distance(pairs):.2f} apart on average; seeds {_distance(seeds):.2f}")
+
+
+def _distance(pairs: Sequence[tuple[list[Row], list[Row]]]) -> float:
+    apart = [abs(float(a["accuracy"]) - float(b["accuracy"])) for c, d in pairs for a, b in zip(c, d, strict=False)]
+    return 100 * statistics.mean(apart) if apart else math.nan
+
+
 def long_run(found: list[Row]) -> list[Row]:
     """The points of the long run, as far as it came."""
     return sorted((row for row in found if row["phase"].startswith("long")), key=lambda row: int(row["step"]))
@@ -176,6 +196,7 @@ def main() -> None:
     found = read(options.file)
     table(found)
     published(found)
+    twins(found)
     points = long_run(found)
     for row in points:
         print(

@@ -226,6 +226,18 @@ def test_report_by_hand(tmp_path):
     assert path.stat().st_size > 10_000
 
 
+def test_twins_by_hand():
+    """Two seeds: 0, 1 and 3 points apart, then 2, 0 and 0: 1 on average. The seeds themselves: 0, 4 and 8, so 4."""
+    rate = rates("mezo lora")[2]
+    found = curve("mezo lora", 0, [0.5, 0.6, 0.7], rate) + curve("mezo lora", 1, [0.5, 0.64, 0.78], rate)
+    found += curve("mezo lora, bf16", 0, [0.5, 0.61, 0.73], rate) + curve(
+        "mezo lora, bf16", 1, [0.52, 0.64, 0.78], rate
+    )
+    shown = []
+    methods_report.twins(found, shown.append)
+    assert shown == ["minilm-mlm/sst2    mezo lora, bf16: accuracies 1.00 apart on average; seeds 4.00"]
+
+
 def test_published_figures_by_hand():
     job = Job("minilm-mlm/sst2", "mezo", 1e-5, 0, "published")
     rows = [row for seed, end in enumerate((0.80, 0.82, 0.83))
