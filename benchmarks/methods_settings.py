@@ -59,6 +59,7 @@ METHODS: dict[str, tuple[dict[str, Any], float]] = {
     ),
     "mezo, clipped": ({"clip_quantile": 0.9}, 1e-4),
     "mezo, linear": ({"lr_scheduler_type": "linear"}, 1e-4),
+    "mezo, epsilon 1e-2": ({"epsilon": 1e-2}, 1e-4),
     "mezo prefix": ({"use_peft": True, "peft_type": "prefix_tuning", "epsilon": 1e-1}, 1e-1),
 }
 # Options beside those of another method, at whose learning rate they run.
