@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -56,6 +57,20 @@ def test_one_sided_by_hand():
     found = coefficients(OneSided(3, 0.5, 3), [1.0, 2.0, 6.0, 1.5])
     assert found == pytest.approx([d / (3 * math.sqrt(7)) for d in (-0.5, 0.5, 4.5)])
     assert coefficients(OneSided(3, 0.5, 2), [1.0, 1.0, 0.5]) == [0.0, 0.0]
+
+
+def test_one_sided_is_the_published_step():
+    """η g / σ with g = (1 / εn) Σ (lᵢ − l₀) uᵢ and σ² = Σ (lᵢ − l̄)² / (n − 1) (arXiv 2506.09034), at η = ε · rate."""
+    generator = np.random.default_rng(0)
+    u_ND, theta_D, epsilon, rate = generator.standard_normal((5, 7)), generator.standard_normal(7), 1e-2, 0.3
+    l_N = [float(np.cos(theta_D + epsilon * u_D).sum()) for u_D in u_ND]
+    l_0 = float(np.cos(theta_D).sum())
+    g_D = sum((loss - l_0) * u_D for loss, u_D in zip(l_N, u_ND, strict=True)) / (epsilon * 5)
+    published_D = epsilon * rate * g_D / math.sqrt(sum((loss - np.mean(l_N)) ** 2 for loss in l_N) / 4)
+    estimator = OneSided(3, epsilon, 5)
+    outcomes = estimator.outcomes(estimator.probes(7), [*l_N, l_0])
+    ours_D = rate * sum(o.coefficient * u_D for o, u_D in zip(outcomes, u_ND, strict=True))
+    assert ours_D == pytest.approx(published_D, rel=1e-9)
 
 
 def test_curvature_by_hand():

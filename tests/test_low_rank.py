@@ -1,6 +1,7 @@
 """Low-rank directions against weights written out, and several probes in one traversal against one after the other."""
 
 import copy
+import dataclasses
 import itertools
 import math
 
@@ -14,6 +15,7 @@ from mezo.api import build_trainer, replay
 from mezo.engines.torch import dense
 from mezo.engines.torch.engine import TorchEngine
 from mezo.engines.torch.low_rank import LowRank
+from mezo.engines.torch.optimizer import Adam, Momentum
 from mezo.engines.torch.perturbed import BATCHED_MODELS, PerturbedForward
 from mezo.engines.torch.space import ParameterSpace
 from mezo.estimator import Probe, Record, TwoPoint
@@ -292,6 +294,48 @@ def test_trained_lines_of_a_dense_direction_are_drawn_once_for_both_signs(model_
     engine.losses(examples, PROBES["two-point"])
     embedding = engine.model.get_input_embeddings().weight
     assert sum(drawn) == engine.space.num_parameters() - embedding.numel()
+
+
+@pytest.mark.parametrize("kind", ["low_rank", "subspace"])
+@pytest.mark.parametrize("optim", ["momentum", "adam"])
+def test_momentum_and_adam_are_pytorchs_on_what_is_drawn(kind, optim):
+    """Two queries a step. The gradient is Σ coefficient · U (LOZO-M) or the core's r × r (SubZero), float64 beside it;
+    W moves by lr · step · Vᵀ / √r or lr · U · step · Vᵀ / r, and the state starts anew with each window."""
+    shape, rank, rate = (6, 5), DIRECTIONS[kind]["direction_rank"], 0.1
+    weight, bias = torch.ones(shape), torch.ones(4)
+    made = {"momentum": lambda: Momentum(0.8), "adam": lambda: Adam(0.8, 0.95, 1e-6)}[optim]()
+    state = LowRank(ParameterSpace({"w": weight, "b": bias}), rank, 3, made, subspace=kind == "subspace")
+    expected_W, expected_b = weight.double(), bias.double()
+
+    def drawn(name, shape, seed, purpose="direction"):
+        stream = philox.stream_id(purpose, name)
+        return philox.reference_normals(seed, stream, torch.tensor([0]), math.prod(shape))[0].double().view(shape)
+
+    for step in range(7):
+        if step % 3 == 0:
+            window_seed = 100 + 2 * step
+            right = drawn("w", (shape[1], rank), window_seed, "basis").T / math.sqrt(rank)
+            left = drawn("w", (shape[0], rank), window_seed, "left basis") / math.sqrt(rank)
+            theirs = [torch.zeros((rank if kind == "subspace" else shape[0], rank)).double(), torch.zeros(4).double()]
+            parameters = [torch.nn.Parameter(t) for t in theirs]
+            reference = {
+                "momentum": lambda p: torch.optim.SGD(p, lr=rate, momentum=0.8, dampening=0.8),
+                "adam": lambda p: torch.optim.Adam(p, lr=rate, betas=(0.8, 0.95), eps=1e-6),
+            }[optim](parameters)
+            if optim == "momentum":  # PyTorch begins with the whole first gradient; ours with a share, as later steps
+                for p in parameters:
+                    p.grad = torch.zeros_like(p)
+                reference.step()
+            start_W, start_b = expected_W, expected_b
+        records = numbers([(Probe(100 + 2 * step, 0), 0.3), (Probe(101 + 2 * step, 0), -0.7)], step)
+        state.update([dataclasses.replace(r, learning_rate=rate) for r in records], 0.0)
+        for p, name in zip(parameters, "wb", strict=True):
+            p.grad = sum(r.coefficient * drawn(name, p.shape, r.seed) for r in records)
+        reference.step()
+        moved = (left @ parameters[0] if kind == "subspace" else parameters[0]) @ right
+        expected_W, expected_b = start_W + moved.detach(), start_b + parameters[1].detach()
+        assert torch.allclose(state.folded("w").double(), expected_W, atol=1e-5), step
+        assert torch.allclose(state.folded("b").double(), expected_b, atol=1e-5), step
 
 
 # --- runs -----------------------------------------------------------------------------------------------------------

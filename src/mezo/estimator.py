@@ -115,8 +115,9 @@ class TwoPoint(_Queries):
 class OneSided(_Queries):
     """FZOO: (1 / nσ) Σ (L(θ + εzᵢ) − L(θ)) zᵢ with σ the standard deviation of the n losses L(θ + εzᵢ).
 
-    arXiv 2506.09034, algorithm 1, with normal zᵢ in place of random signs. σ is about ε‖∇L‖, so this is normalised SGD:
-    the learning rate is a step's length along z, whatever the loss's scale. n + 1 forward passes.
+    arXiv 2506.09034 steps by η g / σ with g = (1 / εn) Σ (L(θ + εuᵢ) − L(θ)) uᵢ, uᵢ of random signs. Here zᵢ is normal
+    and η is ε · learning_rate: σ is about ε‖∇L‖, so the learning rate is a step's length along z, whatever the loss's
+    scale and ε. n + 1 forward passes.
     """
 
     def probes(self, step: int) -> list[Probe]:
@@ -138,7 +139,8 @@ class CurvatureScaled(_Queries):
     """1.5-SPSA: the mean over n directions of projected_grad / max(c^α, 1), times z.
 
     c = |L(θ + εz) − 2L(θ) + L(θ − εz)| / ε² is the curvature along z, which one more forward pass gives for all
-    directions; α = 0.1. arXiv 2609.38095: few steps with many probes of large batches. 2n + 1 forward passes.
+    directions; α = 0.1. arXiv 2609.38095, there with random signs for z and ε equal to the learning rate: few steps
+    with many probes (n = 40) of large batches (512 rows). 2n + 1 forward passes.
     """
 
     _ALPHA, _FLOOR = 0.1, 1.0
@@ -193,7 +195,11 @@ ESTIMATORS: Mapping[str, type[TwoPoint | OneSided | CurvatureScaled | EvolutionS
 
 
 class QuantileClip:
-    """Limits |projected_grad| to a quantile of the ones before it.
+    """Limits |projected_grad| to a quantile of the ones before it: c ← min(max(c, −q), q).
+
+    q is the quantile of |c| over the last `window` values, those of the step itself not among them, so that an outlier
+    cannot raise its own limit. AutoClip (arXiv 2007.14469) does so with gradient norms, over all values up to the
+    present one.
 
     Args:
         quantile: of |projected_grad|, above 0 and at most 1.

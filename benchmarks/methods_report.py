@@ -1,0 +1,215 @@
+"""Tables and plots of what benchmarks/methods.py has measured, from its CSV file alone.
+
+    python benchmarks/methods_report.py FILE.csv [--output FOLDER] [--methods mezo "lozo, adam" …]
+
+Curves are those of each method at the learning rate that its held-out rows chose, median of the seeds, with the
+smallest and the largest as a band. A curve reaches an accuracy where two evaluations in a row have it, since the best
+of twenty noisy ones has it too early. Seconds are steps times what a step takes with nothing beside it, evaluations not
+counted.
+"""
+
+import argparse
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from methods_schedule import read
+from methods_settings import FIRST_ORDER, METHODS, TWINS, best_rate, key, rates
+
+Row = dict[str, str]
+# The models' README: accuracy by step, seed 0, an independent implementation.
+INDEPENDENT = {
+    ("minilm-mlm/sst2", 1e-5): {500: 81.2, 1000: 81.4, 2000: 81.5},
+    ("minilm-mlm/sst2", 3e-5): {500: 81.1, 1000: 81.3, 2000: 81.5},
+    ("reviews-llama/sst2", 3e-5): {500: 71.9, 1000: 76.6, 2000: 81.5},
+}
+
+
+def reached(curve: list[Row], accuracy: float) -> Row:
+    """The first point of a curve with that accuracy which the next one has, too."""
+    good = [float(row["accuracy"]) >= accuracy for row in curve]
+    holds = (row for row, here, after in zip(curve, good, [*good[1:], True], strict=True) if here and after)
+    return next(holds, {"step": "inf", "forwards": "inf"})
+
+
+class Finals(NamedTuple):
+    """The runs of a method on a task at its best rate."""
+
+    curves: list[list[Row]]  # one a seed
+    step_seconds: float  # with nothing beside it; nan where this was not measured
+
+    def ends(self) -> list[float]:
+        """Last accuracies in percent, ascending."""
+        return sorted(100 * float(curve[-1]["accuracy"]) for curve in self.curves)
+
+    def until(self, accuracy: float) -> tuple[float, float]:
+        """Forward passes and seconds until that accuracy, each in the median of the seeds."""
+        points = [reached(curve, accuracy) for curve in self.curves]
+        forwards, steps = (statistics.median(float(p[what]) for p in points) for what in ("forwards", "step"))
+        return forwards, steps * self.step_seconds
+
+    def bands(self) -> list[tuple[float, float, float, float, float]]:
+        """Forward passes, seconds, then least, median and greatest accuracy in percent; points that all seeds have."""
+        found = []
+        for points in zip(*self.curves, strict=False):
+            values = sorted(100 * float(p["accuracy"]) for p in points)
+            seconds = float(points[0]["step"]) * self.step_seconds
+            found.append((float(points[0]["forwards"]), seconds, values[0], statistics.median(values), values[-1]))
+        return found
+
+
+def finals(found: list[Row]) -> dict[str, dict[str, Finals]]:
+    """By task and method."""
+    curves: dict[Any, list[Row]] = defaultdict(list)
+    for row in found:
+        curves[key(row)].append(row)
+    result: dict[str, dict[str, Finals]] = defaultdict(dict)
+    for task, method in dict.fromkeys((job.task, job.method) for job in curves):
+        same = {job: c for job, c in curves.items() if (job.task, job.method) == (task, method)}
+        rate = best_rate(found, task, method)
+        best = [c for job, c in same.items() if job.phase == "train" and job.learning_rate == rate]
+        timed = [c for job, c in same.items() if job.phase == "time"]
+        if best:
+            seconds = float(timed[0][-1]["milliseconds_per_step"]) / 1e3 if timed else math.nan
+            result[task][method] = Finals(best, seconds)
+    return result
+
+
+def table(found: list[Row], show: Callable[[str], None] = print) -> None:
+    """The last accuracy of every method, and what it takes to plain MeZO's, in the median of the seeds."""
+    for task, methods in finals(found).items():
+        goal = statistics.median(methods["mezo"].ends()) / 100 if "mezo" in methods else math.inf
+        show(f"\n{task}: plain MeZO ends at {100 * goal:.1f}; forward passes and seconds until there")
+        names = f"{'seeds':>5} {'rate':>8} {'accuracy':>8} {'spread':>13} {'forwards':>9} {'seconds':>8}  edge"
+        show(f"{'method':26} {names}")
+        for method, of in methods.items():
+            forwards, seconds = of.until(goal)
+            rate, ends = float(of.curves[0][0]["learning_rate"]), of.ends()
+            edge = "yes" if method in METHODS and rate in (rates(method)[0], rates(method)[-1]) else ""
+            spread = f"{ends[0]:6.1f}-{ends[-1]:<6.1f}"
+            show(f"{method:26} {len(ends):5} {rate:8.1e} {statistics.median(ends):8.1f} {spread} "
+                 f"{forwards:9.0f} {seconds:8.1f}  {edge}")  # fmt: skip
+
+
+def published(found: list[Row], show: Callable[[str], None] = print) -> None:
+    """Plain MeZO beside the independent figures, at the same steps."""
+    points: dict[tuple[str, float, int], list[float]] = defaultdict(list)
+    for row in found:
+        if row["phase"] == "published":
+            points[row["task"], float(row["learning_rate"]), int(row["step"])].append(100 * float(row["accuracy"]))
+    for (task, rate, step), values in sorted(points.items()):
+        theirs = INDEPENDENT.get((task, rate), {}).get(step)
+        beside = "" if theirs is None else f"  independent {theirs:.1f}, ours {statistics.median(values) - theirs:+.1f}"
+        show(f"{task:18} {rate:8.1e} step {step:5}: {statistics.median(values):.1f} "
+             f"({min(values):.1f}-{max(values):.1f}, {len(values)} seeds){beside}")  # fmt: skip
+
+
+def twins(found: list[Row], show: Callable[[str], None] = print) -> None:
+    """How far other types and engines are from the method that they are twins of, seed by seed, in percent.
+
+    Beside it, how far that method's seeds are from one another: curves are the same if the first is no more than the
+    second, which holds other rows and other directions, too.
+    """
+    for task, methods in finals(found).items():
+        for twin in methods.keys() & TWINS.keys():
+            curves = {name: {c[0]["seed"]: c for c in methods[name].curves} for name in (twin, TWINS[twin][0])}
+            ours, theirs = curves.values()
+            pairs = [(ours[seed], theirs[seed]) for seed in ours.keys() & theirs.keys()]
+            seeds = [(a, b) for a in theirs.values() for b in theirs.values() if a is not b]
+            show(f"{task:18} {twin}: accuracies {_distance(pairs):.2f} apart on average; seeds {_distance(seeds):.2f}")
+
+
+def _distance(pairs: Sequence[tuple[list[Row], list[Row]]]) -> float:
+    apart = [abs(float(a["accuracy"]) - float(b["accuracy"])) for c, d in pairs for a, b in zip(c, d, strict=False)]
+    return 100 * statistics.mean(apart) if apart else math.nan
+
+
+def long_run(found: list[Row]) -> list[Row]:
+    """The points of the long run, as far as it came."""
+    return sorted((row for row in found if row["phase"].startswith("long")), key=lambda row: int(row["step"]))
+
+
+def shown_methods(methods: dict[str, Finals], wanted: Sequence[str]) -> list[str]:
+    """What a plot shows: plain MeZO in its three forms, and the five that come soonest to its last accuracy."""
+    if wanted:
+        return [name for name in wanted if name in methods]
+    plain = [name for name in ("mezo", "mezo lora", "mezo prefix") if name in methods]
+    goal = statistics.median(methods["mezo"].ends()) / 100 if "mezo" in methods else math.inf
+
+    def order(name: str) -> tuple[float, float]:
+        return methods[name].until(goal)[0], -statistics.median(methods[name].ends())
+
+    others = [n for n in methods if n not in (*plain, *TWINS) and not n.startswith(FIRST_ORDER)]
+    return [*plain, *sorted(others, key=order)[:5]]
+
+
+def plot_task(task: str, methods: dict[str, Finals], wanted: Sequence[str], path: Path) -> None:
+    """Accuracy against forward passes and against seconds, first-order fine-tuning as a line."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    for number, name in enumerate(shown_methods(methods, wanted)):
+        color = "black" if name == "mezo" else f"C{number}"
+        forwards, seconds, low, middle, high = zip(*methods[name].bands(), strict=True)
+        for axis, values in zip(axes, (forwards, seconds), strict=True):
+            if not any(map(math.isnan, values)):
+                axis.plot(values, middle, color=color, label=name)
+                axis.fill_between(values, low, high, color=color, alpha=0.12, linewidth=0)
+    for name, style in ((FIRST_ORDER, "--"), (f"{FIRST_ORDER} lora", ":")):
+        if name in methods:
+            for axis in axes:
+                axis.axhline(statistics.median(methods[name].ends()), color="gray", linestyle=style, label=name)
+    axes[0].set(title=task, xlabel="forward passes", ylabel="accuracy, %")
+    axes[1].set(xlabel="seconds, nothing beside it")
+    axes[0].legend(fontsize=8)
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+
+
+def plot_long(points: list[Row], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axis = figure.subplots()
+    steps = [int(p["step"]) for p in points]
+    axis.plot(steps, [100 * float(p["accuracy"]) for p in points], color="C0", label="accuracy, %")
+    axis.set(xlabel="step", ylabel="accuracy, %", title=f"plain MeZO, {points[0]['task']}")
+    right = axis.twinx()
+    right.plot(steps, [float(p["held_out_loss"]) for p in points], color="C1", label="held-out loss")
+    right.set_ylabel("held-out loss")
+    axis.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--output", type=Path, help="folder for the plots; none are made without it")
+    parser.add_argument("--methods", nargs="+", default=[], choices=[*METHODS, *TWINS])
+    options = parser.parse_args()
+    found = read(options.file)
+    table(found)
+    published(found)
+    twins(found)
+    points = long_run(found)
+    for row in points:
+        print(
+            f"step {row['step']:>6}: accuracy {100 * float(row['accuracy']):.1f}, held-out loss {row['held_out_loss']}"
+        )
+    if options.output is None:
+        return
+    options.output.mkdir(parents=True, exist_ok=True)
+    for task, methods in finals(found).items():
+        plot_task(task, methods, options.methods, options.output / f"methods-{task.replace('/', '-')}.png")
+    if points:
+        plot_long(points, options.output / "methods-long.png")
+
+
+if __name__ == "__main__":
+    main()
