@@ -82,9 +82,29 @@ class Run:
     @property
     def preset(self) -> Preset:
         """The paper's setting for this kind of model and parameters."""
-        family = "opt" if self.kind == "causal_lm" else "roberta"
-        method = ("lora" if self.config.peft_type == "lora" else "prefix") if self.config.use_peft else "full"
-        return PRESETS[f"{family}-{method}"]
+        return paper_setting(self.config, self.kind)
+
+    @property
+    def usual_epsilon(self) -> float:
+        """What such runs have."""
+        return usual_epsilon(self.config, self.kind)
+
+
+def paper_setting(config: MeZOConfig, kind: str) -> Preset:
+    """The paper's setting for a kind of model and the parameters that a run trains."""
+    family = "opt" if kind == "causal_lm" else "roberta"
+    method = ("lora" if config.peft_type == "lora" else "prefix") if config.use_peft else "full"
+    return PRESETS[f"{family}-{method}"]
+
+
+def usual_epsilon(config: MeZOConfig, kind: str) -> float:
+    """What runs of this kind have; with normalisation their own.
+
+    It is larger by the root of each tensor's size then, which the journal does not hold.
+    """
+    if config.normalize_perturbations:
+        return config.epsilon
+    return float(str(paper_setting(config, kind).values["epsilon"]))
 
 
 def read_run(run: str | Path) -> Run:
