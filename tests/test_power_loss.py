@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from mezo import api, checkpoint, journal
 from mezo.api import build_trainer, replay
 from mezo.config import MeZOConfig
+from mezo.engines.torch.engine import TorchEngine
 from mezo.errors import JournalError, UserError
 from tests.conftest import SENTIMENT_ROWS
 from tests.test_cli import LORA, MASKED, assert_same_weights, error_line, run_cli, train_arguments
@@ -143,6 +144,38 @@ def test_a_journal_that_cannot_be_read_is_not_kept_locked(tmp_path):
     for _ in range(2):  # the second time as the first, not "another process"
         with pytest.raises(JournalError, match="not a mezo journal"):
             journal.Journal.resume(path)
+
+
+# --- asked to end ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "said"), [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")]
+)
+def test_a_signal_ends_a_run_with_one_line_and_it_goes_on(
+    capsys, monkeypatch, model_folder, tmp_path, jsonl, number, status, said
+):
+    run, straight = tmp_path / "run", tmp_path / "straight"
+    arguments = train_arguments(model_folder("bert"), jsonl(SENTIMENT_ROWS[:20]), run, *MASKED, *LORA, steps=6)
+    update, steps = TorchEngine.update, []
+
+    def interrupted(self, records):
+        steps.append(records)
+        if len(steps) == 4:
+            os.kill(os.getpid(), number)
+        update(self, records)
+
+    monkeypatch.setattr(TorchEngine, "update", interrupted)
+    before = signal.getsignal(signal.SIGTERM)
+    finished = run_cli(capsys, *arguments)
+    monkeypatch.undo()
+    assert finished.status == status
+    assert error_line(finished).startswith(f"{said}; every finished step is in the journal")
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert len(journal.read(run / "journal").steps) == 4
+    assert run_cli(capsys, *arguments, "--resume_from_checkpoint").status == 0
+    assert run_cli(capsys, *(straight if a == run else a for a in arguments)).status == 0
+    assert_same_weights(run, straight)
 
 
 # --- power loss -------------------------------------------------------------------------------------------------------
