@@ -26,8 +26,9 @@ from mezo.cli.options import (
     ReplayOptions,
     TuneOptions,
 )
-from mezo.config import PRESETS, MeZOConfig, coerced, preset, unknown_key_message
+from mezo.config import PRESETS, MeZOConfig, coerced, preset
 from mezo.errors import EngineError, NonFiniteLossError, UserError, is_out_of_memory
+from mezo.names import unknown_key_message
 
 _Options = TypeVar("_Options")
 
