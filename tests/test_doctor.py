@@ -109,6 +109,18 @@ def test_a_healthy_run_has_nothing_but_good_findings(tmp_path, seed, config, kin
     assert "to 0.4" in line
 
 
+@pytest.mark.parametrize(("rate", "share"), [(1e-4, (8, 12)), (2e-6, None)])
+def test_what_is_gradient_and_what_is_noise(tmp_path, rate, share):
+    """1e-4 · 1000 steps · E[projected_grad²] = 25 predict 2.5, 2 between the outer fifths, which are 0.21 apart."""
+    line = only(Numbers(config={"learning_rate": rate}, logs=LOGS).write(tmp_path), "convergence", "ok").evidence
+    if share is None:  # more than predicted: the steps' own decrease is not the whole of it
+        assert "predict a decrease of 0.05" in line and "of which" not in line
+    else:
+        percent = float(line.split("of which ")[1].split(" %")[0])
+        assert share[0] < percent < share[1]
+        assert "the rest is noise of batches" in line
+
+
 def test_a_loss_that_falls_early_and_then_stays_has_converged(tmp_path):
     run = Numbers(logs=LOGS).flat(0.3)
     run.loss_SQ[:60] += 0.4 * np.exp(-np.arange(60) / 20)[:, None]
