@@ -472,6 +472,18 @@ def test_unreadable_runs_give_one_line(capsys, tmp_path):
         read_run(other)
 
 
+@pytest.mark.parametrize("queries", [(1, 2, 1), (1, 2, 3)])
+def test_steps_of_different_numbers_of_directions(tmp_path, queries):
+    config = MeZOConfig(model_name_or_path="m").to_dict()
+    header = {"format": journal.FORMAT_VERSION, "config": config, "kind": "masked_lm"}
+    opened = journal.Journal.create(tmp_path / "journal", header)
+    for step, count in enumerate(queries):
+        opened.append([Record(step, 1, 0.5, 0.5, 0.0, 1e-6, 9, 4, query, count) for query in range(count)])
+    opened.close()
+    with pytest.raises(UserError, match="different numbers of directions"):
+        read_run(tmp_path)
+
+
 # --- real runs --------------------------------------------------------------------------------------------------------
 
 
