@@ -18,7 +18,7 @@ import random
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -128,10 +128,7 @@ def main() -> None:
     generator, each = random.Random(arguments.seed), -(-arguments.rounds // len(SPACES))
     found: list[Row] = []
     with tempfile.TemporaryDirectory() as name, load(arguments.load, Path(name)):
-        # Not here: threads that have run in this process break PyTorch in the children that it forks.
-        child = multiprocessing.get_context("fork").Process(target=make_model, args=(Path(name) / "model",))
-        child.start()
-        child.join()
+        apart(make_model, Path(name) / "model")
         rows = "".join(json.dumps(row) + "\n" for row in SENTIMENT_ROWS)
         (Path(name) / "rows.jsonl").write_text(rows)
         for space, options in SPACES.items():
@@ -139,11 +136,21 @@ def main() -> None:
             folder.mkdir()
             found.append(check(space, options, folder, each, arguments.steps * each, generator))
             if arguments.output:
-                write(arguments.output, found, {"seed": arguments.seed, "load": arguments.load, **provenance()})
+                apart(write, arguments.output, found, {"seed": arguments.seed, "load": arguments.load})
     print(f"{sum(int(str(row['rounds'])) for row in found)} rounds, no difference")
 
 
+def apart(function: Callable[..., None], *arguments: object) -> None:
+    """In a child: threads that have run in this process, or were counted, break PyTorch in those that it forks."""
+    child = multiprocessing.get_context("fork").Process(target=function, args=arguments)
+    child.start()
+    child.join()
+    if child.exitcode:
+        raise SystemExit(f"{function.__name__} failed")
+
+
 def write(path: Path, found: list[Row], facts: Row) -> None:
+    facts |= provenance()
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, [*found[0], *facts])
         writer.writeheader()
