@@ -45,6 +45,8 @@ def _judged(run: Run) -> list[Finding]:
 
 
 def _chosen(run: Run, chosen_S: NDArray[np.bool_]) -> Run:
+    if chosen_S.all():
+        return run
     return dataclasses.replace(
         run,
         plus_SQ=run.plus_SQ[chosen_S],

@@ -179,8 +179,8 @@ def _numbers(steps: Iterator[list[Record]], path: Path) -> _Numbers:
     if len(widths) > 1:
         raise UserError(f"{path}: its steps have different numbers of directions")
     shape = (len(rate), *(widths or {1}))
-    plus_SQ, minus_SQ, coefficient_SQ = (np.array(a).reshape(shape) for a in (plus, minus, coefficient))
-    return _Numbers(plus_SQ, minus_SQ, coefficient_SQ, np.array(rate), np.array(tokens))
+    plus_SQ, minus_SQ, coefficient_SQ = (np.asarray(a).reshape(shape) for a in (plus, minus, coefficient))
+    return _Numbers(plus_SQ, minus_SQ, coefficient_SQ, np.asarray(rate), np.asarray(tokens))
 
 
 def _saved_dtype(folder: Path) -> str | None:
