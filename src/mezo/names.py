@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 
+_LOG_IN = "log in by hf auth login or set HF_TOKEN"
 ELSEWHERE = {
     "assistant_only_loss": "of messages the loss is on the last assistant message",
     "batch_size": "here it is per_device_train_batch_size",
@@ -18,7 +19,7 @@ ELSEWHERE = {
     "gradient_checkpointing": "there is no backward pass, so no activation is kept",
     "greater_is_better": "metric_for_best_model knows it",
     "hub_strategy": "push_to_hub uploads the finished run",
-    "hub_token": "log in by hf auth login or set HF_TOKEN",
+    "hub_token": _LOG_IN,
     "load_in_4bit": "weights are not quantized; the smallest dtype is bfloat16",
     "load_in_8bit": "weights are not quantized; the smallest dtype is bfloat16",
     "logging_strategy": "logging_steps says how often",
