@@ -1,6 +1,6 @@
 """Mutation fuzzer of the journal reader: damaged and forged journals by the million.
 
-    python benchmarks/fuzz_journal.py [--inputs 1000000] [--seed 0]
+    python benchmarks/fuzz_journal.py [--inputs 1000000] [--seed 0] [--output FILE.csv]
 
 Three kinds of input. Damaged: true journals with bits flipped, bytes overwritten, cut, repeated, swapped, zeroed; what
 is accepted must be a prefix of the truth. Forged: random fields or headers under right checksums; they are accepted or
@@ -11,6 +11,7 @@ against a checksum that is computed here. Ends with status 1 and the input at th
 import argparse
 import collections
 import contextlib
+import csv
 import json
 import os
 import random
@@ -19,6 +20,7 @@ import struct
 import sys
 import time
 import zlib
+from pathlib import Path
 
 from mezo import journal
 from mezo.errors import JournalError
@@ -152,6 +154,7 @@ def main() -> None:
     parser.add_argument("--inputs", type=int, default=1_000_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--path", default="/dev/shm/mezo-fuzz-journal", help="where inputs are written, in memory best")
+    parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     started = time.perf_counter()
     outcomes = fuzz(arguments.path, arguments.inputs, arguments.seed)
@@ -161,6 +164,21 @@ def main() -> None:
         for outcome, count in counts.most_common():
             print(f"  {count:9,} {outcome}")
     print(f"{arguments.inputs:,} inputs in {seconds:.0f} s, no wrong record accepted, no other exception")
+    if arguments.output:
+        write_rows(arguments.output, outcomes, {"seed": arguments.seed, "seconds": round(seconds)})
+
+
+def write_rows(path: Path, outcomes: dict[str, collections.Counter[str]], facts: dict[str, object]) -> None:
+    """A row for each outcome of each kind."""
+    from provenance import provenance  # beside this script, which a test loads from elsewhere
+
+    facts |= provenance()
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["kind", "outcome", "inputs", *facts])
+        writer.writeheader()
+        for kind, counts in outcomes.items():
+            for outcome, count in counts.most_common():
+                writer.writerow({"kind": kind, "outcome": outcome, "inputs": count, **facts})
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Runs that are ended again and again against runs that are not: weights and journals must have the same bits.
 
-    python benchmarks/kill_rounds.py [--rounds 100] [--seed 0] [--load 2] [--output FILE.csv]
+    python benchmarks/kill_rounds.py [--rounds 100] [--seed 0] [--load 2] [--steps 150] [--output FILE.csv]
 
 Every parameter space trains a small encoder in child processes that SIGKILL, SIGTERM and Ctrl-C end at random instants;
 each child resumes where the last one was ended, beside `--load` processes that compute and write to the same disk. The
@@ -18,7 +18,7 @@ import random
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -95,9 +95,11 @@ def load(count: int, folder: Path) -> Iterator[None]:
             process.kill()
 
 
-def check(space: str, options: dict[str, object], folder: Path, num_kills: int, generator: random.Random) -> Row:
+def check(
+    space: str, options: dict[str, object], folder: Path, num_kills: int, steps: int, generator: random.Random
+) -> Row:
     """One space."""
-    straight, killed, steps = folder / "straight", folder / "killed", 150 * num_kills
+    straight, killed = folder / "straight", folder / "killed"
     common = {
         "model_name_or_path": str(folder.parent / "model"), "dataset_name": str(folder.parent / "rows.jsonl"),
         "template": "{text} it was [MASK] .", "label_words": {"0": "terrible", "1": "great"}, "validation_size": 0.2,
@@ -118,30 +120,41 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--load", type=int, default=2)
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--steps", type=int, default=150, help="for each round; fewer where the machine is slow")
+    parser.add_argument("--output", type=Path, help="rows, written after each space")
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # the last bits of a forward pass depend on the number of threads
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a background job
     generator, each = random.Random(arguments.seed), -(-arguments.rounds // len(SPACES))
     found: list[Row] = []
     with tempfile.TemporaryDirectory() as name, load(arguments.load, Path(name)):
-        # Not here: threads that have run in this process break PyTorch in the children that it forks.
-        child = multiprocessing.get_context("fork").Process(target=make_model, args=(Path(name) / "model",))
-        child.start()
-        child.join()
+        apart(make_model, Path(name) / "model")
         rows = "".join(json.dumps(row) + "\n" for row in SENTIMENT_ROWS)
         (Path(name) / "rows.jsonl").write_text(rows)
         for space, options in SPACES.items():
             folder = Path(name) / space.replace(", ", "-").replace(" ", "-")
             folder.mkdir()
-            found.append(check(space, options, folder, each, generator))
+            found.append(check(space, options, folder, each, arguments.steps * each, generator))
+            if arguments.output:
+                apart(write, arguments.output, found, {"seed": arguments.seed, "load": arguments.load})
     print(f"{sum(int(str(row['rounds'])) for row in found)} rounds, no difference")
-    if arguments.output:
-        facts = {"seed": arguments.seed, "load": arguments.load, **provenance()}
-        with arguments.output.open("w", newline="") as file:
-            writer = csv.DictWriter(file, [*found[0], *facts])
-            writer.writeheader()
-            writer.writerows({**row, **facts} for row in found)
+
+
+def apart(function: Callable[..., None], *arguments: object) -> None:
+    """In a child: threads that have run in this process, or were counted, break PyTorch in those that it forks."""
+    child = multiprocessing.get_context("fork").Process(target=function, args=arguments)
+    child.start()
+    child.join()
+    if child.exitcode:
+        raise SystemExit(f"{function.__name__} failed")
+
+
+def write(path: Path, found: list[Row], facts: Row) -> None:
+    facts |= provenance()
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*found[0], *facts])
+        writer.writeheader()
+        writer.writerows({**row, **facts} for row in found)
 
 
 if __name__ == "__main__":

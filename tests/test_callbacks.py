@@ -1,16 +1,18 @@
 """transformers' callbacks see the events, state and logs that its own Trainer would give them."""
 
 import io
+import logging
 import math
 import re
 
 import pytest
 import torch
 from rich.console import Console
-from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainerState
 
 from mezo.api import build_trainer
 from mezo.callbacks import ProgressCallback
+from mezo.cli import commands
 from mezo.config import MeZOConfig
 from tests.conftest import SENTIMENT_ROWS
 
@@ -120,3 +122,16 @@ def test_the_progress_bar_shows_figures_and_survives_without_a_terminal(config, 
     shown = text.getvalue()
     for part in ("10/10", "loss 0.", "projected_grad", "tokens/s", "step 5: eval_", "eval_loss"):
         assert part in shown
+
+
+def test_a_log_line_stands_above_the_progress_bar(config, monkeypatch):
+    """Not behind it on the same line: the handler writes to what standard error is then."""
+    progress, handler, text = ProgressCallback(), commands._StandardError(), io.StringIO()
+    progress._progress.live.console = Console(file=text, force_terminal=True, width=140)
+    progress._progress.disable = False
+    record = logging.LogRecord("mezo", logging.WARNING, __file__, 1, "what is %s", ("wrong",), None)
+    progress.on_train_begin(None, TrainerState(max_steps=10), None)
+    handler.emit(record)
+    progress.stop()
+    (before, _) = text.getvalue().split("what is wrong\n")
+    assert before.endswith("\r\x1b[2K")  # the bar's line was emptied

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import re
 
 import pytest
 
@@ -9,7 +10,9 @@ import mezo
 from mezo import PRESETS, MeZOConfig, UserError, mezo_finetune, preset
 from mezo.api import build_trainer
 from mezo.config import looks_like_wrong_rate
+from mezo.names import ELSEWHERE
 from tests.conftest import SENTIMENT_ROWS
+from tests.test_cli import error_line, run_cli
 
 
 def test_signature_and_defaults_are_the_promised_ones():
@@ -101,3 +104,35 @@ def test_head_learning_rate_widens_z_of_the_fresh_head_only(use_peft, model_fold
     words = {"template": "{text} it was [MASK] .", "label_words": {"0": "bad", "1": "good"}}
     with pytest.raises(UserError, match="head_learning_rate"):
         build_trainer(MeZOConfig.from_dict({**config.to_dict(), **words}), SENTIMENT_ROWS)
+
+
+# What a user of TRL's SFTTrainer writes: of its ModelConfig, ScriptArguments, SFTConfig and TrainingArguments.
+TRLS = """
+model_name_or_path model_revision dtype torch_dtype attn_implementation trust_remote_code use_peft lora_r lora_alpha
+lora_dropout lora_target_modules load_in_4bit load_in_8bit dataset_name dataset_config dataset_train_split
+dataset_test_split max_length packing completion_only_loss assistant_only_loss dataset_text_field output_dir
+per_device_train_batch_size per_device_eval_batch_size num_train_epochs max_steps learning_rate lr_scheduler_type
+warmup_steps warmup_ratio weight_decay gradient_accumulation_steps gradient_checkpointing max_grad_norm logging_steps
+logging_first_step logging_strategy eval_strategy eval_steps eval_on_start save_strategy save_steps save_total_limit
+load_best_model_at_end metric_for_best_model greater_is_better seed data_seed bf16 fp16 optim adam_beta1 adam_beta2
+adam_epsilon report_to run_name push_to_hub hub_model_id hub_strategy hub_private_repo hub_token resume_from_checkpoint
+disable_tqdm use_cpu use_vllm vllm_mode vllm_server_base_url
+""".split()
+
+
+def test_a_user_of_trl_finds_his_names_or_is_told_what_they_are_here(capsys):
+    fields = {field.name for field in dataclasses.fields(MeZOConfig)}
+    assert len(fields & set(TRLS)) > 40
+    assert set(TRLS) <= fields | set(ELSEWHERE)
+    assert not fields & set(ELSEWHERE)
+    with pytest.raises(UserError, match="unknown option 'bf16': here it is dtype bfloat16"):
+        MeZOConfig.from_dict({"model_name_or_path": "m", "bf16": True})
+    finished = run_cli(capsys, "train", "--model_name_or_path", "m", "--num_train_epochs", 3)
+    assert error_line(finished) == "unknown option num_train_epochs: runs are counted in steps: max_steps"
+
+
+def test_what_other_names_lead_to_exists():
+    fields = {field.name for field in dataclasses.fields(MeZOConfig)}
+    for key, text in ELSEWHERE.items():
+        named = set(re.findall(r"[a-z]+_[a-z_]*[a-z]", text)) - {"projected_grad", "prefix_tuning"}
+        assert named <= fields, key

@@ -1,5 +1,6 @@
 """mezo doctor: each illness is found, with its numbers and a mend, and a healthy run has none of them."""
 
+import itertools
 import json
 import logging
 import math
@@ -9,16 +10,24 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import TrainerState
 
-from mezo import build_trainer, journal
+from mezo import build_trainer, callbacks, journal
+from mezo.callbacks import DoctorCallback
 from mezo.config import MeZOConfig
-from mezo.doctor import diagnose, read_run, while_training
+from mezo.doctor import diagnose, read_run, urgent, while_training
 from mezo.errors import NonFiniteLossError, UserError
 from mezo.estimator import Record
 from tests.conftest import SENTIMENT_ROWS
 from tests.test_cli import error_line, mezo, run_cli
 
 STEPS = 1000
+
+
+@pytest.fixture(autouse=True)
+def _to_caplog(monkeypatch):
+    """The command line, which other tests call, keeps the package's log lines to itself."""
+    monkeypatch.setattr(logging.getLogger("mezo"), "propagate", True)
 
 
 @dataclass
@@ -98,6 +107,18 @@ def test_a_healthy_run_has_nothing_but_good_findings(tmp_path, seed, config, kin
     line = only(findings, "convergence", "ok").evidence
     assert "from 0.6" in line
     assert "to 0.4" in line
+
+
+@pytest.mark.parametrize(("rate", "share"), [(1e-4, (8, 12)), (2e-6, None)])
+def test_what_is_gradient_and_what_is_noise(tmp_path, rate, share):
+    """1e-4 · 1000 steps · E[projected_grad²] = 25 predict 2.5, 2 between the outer fifths, which are 0.21 apart."""
+    line = only(Numbers(config={"learning_rate": rate}, logs=LOGS).write(tmp_path), "convergence", "ok").evidence
+    if share is None:  # more than predicted: the steps' own decrease is not the whole of it
+        assert "predict a decrease of 0.05" in line and "of which" not in line
+    else:
+        percent = float(line.split("of which ")[1].split(" %")[0])
+        assert share[0] < percent < share[1]
+        assert "the rest is noise of batches" in line
 
 
 def test_a_loss_that_falls_early_and_then_stays_has_converged(tmp_path):
@@ -451,6 +472,18 @@ def test_unreadable_runs_give_one_line(capsys, tmp_path):
         read_run(other)
 
 
+@pytest.mark.parametrize("queries", [(1, 2, 1), (1, 2, 3)])
+def test_steps_of_different_numbers_of_directions(tmp_path, queries):
+    config = MeZOConfig(model_name_or_path="m").to_dict()
+    header = {"format": journal.FORMAT_VERSION, "config": config, "kind": "masked_lm"}
+    opened = journal.Journal.create(tmp_path / "journal", header)
+    for step, count in enumerate(queries):
+        opened.append([Record(step, 1, 0.5, 0.5, 0.0, 1e-6, 9, 4, query, count) for query in range(count)])
+    opened.close()
+    with pytest.raises(UserError, match="different numbers of directions"):
+        read_run(tmp_path)
+
+
 # --- real runs --------------------------------------------------------------------------------------------------------
 
 
@@ -524,11 +557,115 @@ def test_live_checks_see_divergence():
     losses = [0.5 + 0.02 * a + (0.05 * (i - 20) if i > 20 else 0.0) for i, (a, _) in enumerate(noise)]
     logs = [{"loss": loss, "loss_plus": loss + 0.01 * b, "loss_minus": loss - 0.01 * b}
             for loss, (_, b) in zip(losses, noise, strict=True)]  # fmt: skip
-    assert [f.topic for f in while_training(config, logs)] == ["stability"]
-    assert while_training(config, logs[:20]) == while_training(config, logs[:3]) == []
-    assert [f.topic for f in while_training(config, [*logs[:3], {**logs[3], "loss": 50.0}])] == ["stability"]
+    assert [f.topic for f in while_training(config, "causal_lm", logs)] == ["stability"]
+    assert while_training(config, "causal_lm", logs[:20]) == while_training(config, "causal_lm", logs[:3]) == []
+    assert [f.topic for f in while_training(config, "causal_lm", [*logs[:3], {**logs[3], "loss": 50.0}])] == [
+        "stability"
+    ]
 
 
 def test_live_checks_leave_a_solved_task_alone():
     logs = [{"loss": 1e-5, "loss_plus": 1e-5, "loss_minus": 1e-5}] * 30
-    assert while_training(MeZOConfig(model_name_or_path="m"), logs) == []
+    assert while_training(MeZOConfig(model_name_or_path="m"), "causal_lm", logs) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "advice"),
+    [
+        ({"epsilon": 1e-6}, "causal_lm", "--epsilon 0.001"),
+        ({"epsilon": 1e-6, "use_peft": True}, "causal_lm", "--epsilon 0.01"),
+        ({"epsilon": 1e-6, "use_peft": True}, "masked_lm", "--epsilon 0.001"),
+        ({"epsilon": 1e-3, "use_peft": True, "peft_type": "prefix_tuning"}, "causal_lm", "--epsilon 0.1"),
+        ({"epsilon": 1e-1, "use_peft": True, "peft_type": "prefix_tuning"}, "causal_lm", "--epsilon 1"),
+        ({"epsilon": 0.5, "normalize_perturbations": True}, "causal_lm", "--epsilon 5"),
+    ],
+)
+def test_live_checks_know_what_epsilon_such_a_run_has(options, kind, advice):
+    logs = [{"loss": 0.7, "loss_plus": 0.7, "loss_minus": 0.7}] * 5
+    (found,) = while_training(MeZOConfig(model_name_or_path="m", **options), kind, logs)
+    assert (found.topic, found.severity) == ("numbers", "problem")
+    assert found.advice.endswith(advice)
+
+
+def told(folder, caplog):
+    """What the live doctor says when a checkpoint of the run in `folder` is saved."""
+    run = read_run(folder)
+    callback, state = DoctorCallback(run.config, run.kind), TrainerState(global_step=run.num_steps)
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "mezo"):
+        callback.on_save(None, state, None)
+        callback.on_save(None, state, None)  # says nothing twice
+    return [record.getMessage() for record in caplog.records]
+
+
+@pytest.fixture
+def spoiled(tmp_path, caplog):
+    """Writes a run; what is said of it at a checkpoint."""
+    folders = (tmp_path / str(number) for number in itertools.count())
+
+    def check(run):
+        folder = next(folders)
+        folder.mkdir()
+        run.write(folder)
+        return told(folder, caplog)
+
+    return check
+
+
+def test_a_checkpoint_tells_of_outliers_spikes_epsilon_and_precision(spoiled):
+    assert spoiled(Numbers(logs=LOGS)) == []
+    run = Numbers()
+    run.apart_SQ[50::100] = 0.25
+    (line,) = spoiled(run)
+    assert line.startswith("step 1000: |projected_grad| reaches")
+    assert line.endswith("--clip_quantile 0.9, or --learning_rate 3e-07.")
+    run = Numbers(config={"epsilon": 0.5})
+    run.apart_SQ *= 60
+    (line,) = spoiled(run)
+    assert line.endswith("--epsilon 0.05.")
+    (line,) = spoiled(Numbers(config={"dtype": "float32", "learning_rate": 1e-10}))
+    assert "most updates round to nothing" in line
+
+
+def test_a_loss_that_does_not_fall_is_told_in_the_second_half(spoiled):
+    def flat(steps, goal):
+        return Numbers(steps=steps, config={"learning_rate": 1e-9, "max_steps": goal, "use_peft": True}).flat()
+
+    assert spoiled(flat(500, 900)) == []
+    assert spoiled(flat(1500, 9000)) == []
+    (line,) = spoiled(flat(1500, 3000))
+    assert "not to tell from zero" in line
+
+
+def test_a_divergence_is_told_after_a_spike_and_nothing_after_it(tmp_path, caplog):
+    run = Numbers()
+    run.loss_SQ[400] = 5.0
+    run.write(tmp_path)
+    callback, state = DoctorCallback(read_run(tmp_path).config, "masked_lm"), TrainerState(global_step=1000)
+    with caplog.at_level(logging.WARNING, "mezo"):
+        callback.on_save(None, state, None)
+        for loss in (0.5, 900.0, 900.0):
+            callback.on_log(None, state, None, {"loss": loss, "loss_plus": loss, "loss_minus": loss})
+        for _ in range(20):
+            callback.on_log(None, state, None, {"loss": 4.0, "loss_plus": 4.0, "loss_minus": 4.0})
+    assert ["robust standard" in caplog.messages[0], "ten times the first" in caplog.messages[1]] == [True, True]
+    assert len(caplog.messages) == 2
+
+
+def test_reading_the_journal_takes_a_hundredth_of_the_time(tmp_path, monkeypatch):
+    Numbers().write(tmp_path)
+    reads, now = [], iter([0.0, 2.0, 2.0, 100.0, 201.9, 203.0, 204.0, 204.0])
+    monkeypatch.setattr(callbacks, "read_run", lambda run: (reads.append(run), read_run(run))[1])
+    monkeypatch.setattr(callbacks.time, "monotonic", lambda: next(now))
+    callback, state = DoctorCallback(read_run(tmp_path).config, "masked_lm"), TrainerState(global_step=1000)
+    for expected in (1, 1, 1, 2):  # at 0, 100, 201.9 and 203 s; the first took two seconds
+        callback.on_save(None, state, None)
+        assert len(reads) == expected
+
+
+def test_early_on_neither_speed_nor_a_flat_loss_is_urgent(tmp_path):
+    findings = Numbers(steps=30, config={"max_steps": 100, "per_device_train_batch_size": 8}, tokens=100).write(
+        tmp_path
+    )
+    assert {f.topic for f in ills(findings)} == {"steps", "convergence", "speed"}
+    assert urgent(read_run(tmp_path), findings) == []

@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+import tracemalloc
 
 import pytest
 from hypothesis import given, settings
@@ -48,6 +49,19 @@ def test_twenty_thousand_steps_stay_under_two_megabytes(tmp_path):
     assert len(write(tmp_path / "journal", 20_000)) < 2_000_000
 
 
+def test_steps_that_are_not_kept_take_no_memory(tmp_path):
+    write(tmp_path / "journal", 5000, num_queries=2)
+    peaks = []
+    for read in (lambda path: journal.read(path).steps, lambda path: journal.stream(path)[1]):
+        tracemalloc.start()
+        assert sum(len(records) for records in read(tmp_path / "journal")) == 10_000
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    file = 10_000 * journal.RECORD_SIZE
+    assert peaks[1] < 1.2 * file
+    assert peaks[0] > 4 * file
+
+
 @pytest.mark.parametrize("num_queries", [1, 3])
 def test_every_truncation_recovers_the_steps_before_it(tmp_path, num_queries):
     path = tmp_path / "journal"
@@ -60,6 +74,7 @@ def test_every_truncation_recovers_the_steps_before_it(tmp_path, num_queries):
                 journal.read(path)
             continue
         whole_steps = (size - header_size) // (journal.RECORD_SIZE * num_queries)
+        assert list(journal.stream(path)[1]) == journal.read(path).steps
         opened, contents = journal.Journal.resume(path)
         assert len(contents.steps) == whole_steps
         assert contents.dropped_bytes == size - header_size - whole_steps * num_queries * journal.RECORD_SIZE

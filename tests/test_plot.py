@@ -229,6 +229,27 @@ def test_evaluations_that_are_not_finite_leave_a_gap(tmp_path):
     assert plot.to_png(plot.draw(runs))
 
 
+@pytest.mark.parametrize(("peak", "scale"), [(900.0, "log"), (2.0, "linear")])
+def test_losses_that_explode_leave_the_others_readable(tmp_path, peak, scale):
+    log = [{"eval_loss": 0.7, "step": 100}, {"eval_loss": peak, "step": 200}]
+    exploding = make_run(tmp_path / "a", [0.7] * 150 + [peak] * 50, log=log)
+    figure = plot.draw(plot.load_runs([exploding, make_run(tmp_path / "b", [0.7] * 200)]))
+    shown = {axes.get_title(loc="left"): axes for axes in figure.axes}
+    for title in ("training loss", "eval_loss"):
+        assert shown[title].get_yscale() == scale
+        low, high = shown[title].get_ylim()
+        assert low < 0.7 and high > peak
+    assert plot.to_png(figure)
+
+
+def test_a_single_point_is_seen(tmp_path):
+    runs = plot.load_runs([make_run(tmp_path / "a", [0.7], log=[{"tokens_per_second": 9.0, "step": 1}])])
+    for axes in plot.draw(runs).axes:
+        for line in axes.lines:
+            if len(line.get_xdata()) == 1 and line.get_alpha() is None:
+                assert line.get_marker() == "o", axes.get_title(loc="left")
+
+
 def test_100_000_steps_take_seconds(tmp_path):
     runs = [curves.Run("long", MeZOConfig(model_name_or_path="m"), np.ones(100_000), np.ones(100_000),
                        np.arange(100_001), {})]  # fmt: skip

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shlex
 from pathlib import Path
 
@@ -11,10 +12,10 @@ from mezo import MeZOConfig, UserError, journal
 from mezo import trainer as trainer_module
 from mezo import tune as tune_module
 from mezo.api import build_trainer
-from mezo.cli import main, parse_train, parse_tune
+from mezo.cli import commands, main, parse_train, parse_tune
 from mezo.cli.options import TuneOptions
 from mezo.config import PRESETS
-from mezo.tune import tune
+from mezo.tune import Trial, tune
 from tests.conftest import SENTIMENT_ROWS
 
 PAPER = Path(__file__).parents[1] / "examples" / "paper"
@@ -116,7 +117,10 @@ def test_the_command(config, tmp_path, capsys):
           "--use_peft", "--max_steps", "3", "--learning_rates", "1e-4", "1.23456789e-3", "--rounds", "2",
           "--output_dir", str(tmp_path / "grid")])  # fmt: skip
     output = capsys.readouterr().out
-    (_, following) = output.split("twice as far with\n")
+    (before, following) = output.split("twice as far with\n")
+    assert "that was tried; " in before
+    for folder in (tmp_path / "grid").glob("lr-*"):  # a narrow table folds names and cuts none
+        assert folder.name in re.sub(r"[│\s]", "", before)
     assert "--learning_rates" not in following and "--rounds" not in following
     main(shlex.split(following.strip())[1:])
     best = json.loads((tmp_path / "grid" / "tune.json").read_text())[0]
@@ -140,6 +144,19 @@ def test_the_papers_configs_run(path, model_folder, jsonl, tmp_path):
           "--model_name_or_path", model_folder({"opt": "opt", "roberta": "roberta"}[family]),
           "--output_dir", str(tmp_path / "run"), "--disable_tqdm"])  # fmt: skip
     assert json.loads((tmp_path / "run" / "trainer_state.json").read_text())["global_step"] == 2
+
+
+@pytest.mark.parametrize(
+    ("best", "said"), [(1e-5, "is the lowest that was tried; lower"), (1e-3, "is the highest"), (1e-4, None)]
+)
+def test_a_best_rate_at_the_edge_of_the_grid_is_said(config, monkeypatch, capsys, best, said):
+    rates = sorted((1e-5, 1e-4, 1e-3), key=lambda rate: rate != best)
+    trials = [Trial(rate, 1e-3, f"runs/{rate}", 10, 0.5) for rate in rates]
+    monkeypatch.setattr(commands, "run_tune", lambda *_: trials)
+    commands.tune(config, TuneOptions(), [])
+    output = capsys.readouterr().out
+    assert ("that was tried" in output) == (said is not None)
+    assert said is None or said in output
 
 
 def test_there_is_a_config_for_each_preset():

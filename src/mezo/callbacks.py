@@ -23,7 +23,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 
 from mezo.config import MeZOConfig
-from mezo.doctor import while_training
+from mezo.doctor import Finding, diagnose, read_run, urgent, while_training
 
 logger = logging.getLogger(__name__)
 
@@ -57,26 +57,34 @@ def training_arguments(config: MeZOConfig) -> TrainingArguments:
 
 
 def callback_handler(
-    config: MeZOConfig, args: TrainingArguments, callbacks: Sequence[TrainerCallback], model: object, tokenizer: object
+    config: MeZOConfig,
+    kind: str,
+    args: TrainingArguments,
+    callbacks: Sequence[TrainerCallback],
+    model: object,
+    tokenizer: object,
 ) -> CallbackHandler:
     """transformers' handler: its flow of logging, evaluation and saving, trackers, the progress bar, the user's own."""
     trackers = [tracker() for tracker in get_reporting_integration_callbacks(args.report_to)]
     progress = [] if config.disable_tqdm else [ProgressCallback()]
-    ours = [DoctorCallback(config), *progress]
+    ours = [DoctorCallback(config, kind), *progress]
     return CallbackHandler([DefaultFlowCallback(), *trackers, *ours, *callbacks], model, tokenizer, None, None)
 
 
 class DoctorCallback(TrainerCallback):
-    """Warns, once each, of what log entries show to be wrong; `mezo doctor` reads the whole journal.
+    """Warns, once each, of what is wrong: at log entries of what they show, at checkpoints as `mezo doctor` does.
 
     Args:
         config: the run's.
+        kind: its model's head.
     """
 
-    def __init__(self, config: MeZOConfig) -> None:
+    def __init__(self, config: MeZOConfig, kind: str) -> None:
         self._config = config
+        self._kind = kind
         self._entries: deque[dict[str, float]] = deque(maxlen=100)
-        self._said: set[str] = set()
+        self._said: set[tuple[str, str]] = set()
+        self._due = 0.0  # when a journal is read again
 
     def on_log(
         self,
@@ -87,15 +95,28 @@ class DoctorCallback(TrainerCallback):
         **kwargs: object,
     ) -> None:
         """Looks at the latest entries."""
-        if logs is None or "loss" not in logs or "stability" in self._said:
-            return  # what follows a divergence is its consequence
-        self._entries.append(logs)
-        for finding in while_training(self._config, self._entries):
-            if finding.topic not in self._said:
-                self._said.add(finding.topic)
-                logger.warning("step %d: %s %s.", state.global_step, finding.evidence, finding.advice)
+        if logs is not None and "loss" in logs:
+            self._entries.append(logs)
+            self._say(state.global_step, while_training(self._config, self._kind, self._entries))
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
+        """Reads journal and log, in at most a hundredth of the run's time."""
+        started = time.monotonic()
+        if started >= self._due:
+            run = read_run(self._config.output_dir)
+            self._say(state.global_step, urgent(run, diagnose(run)))
+            self._due = time.monotonic() + 100 * (time.monotonic() - started)
+
+    def _say(self, step: int, findings: Sequence[Finding]) -> None:
+        for finding in findings:
+            said = finding.topic, finding.severity
+            if said in self._said or _DIVERGED in self._said:
+                continue  # what follows a divergence is its consequence
+            self._said.add(said)
+            logger.warning("step %d: %s %s.", step, finding.evidence, finding.advice)
 
 
+_DIVERGED = ("stability", "problem")
 _BARS = "▁▂▃▄▅▆▇█"
 _SPARKS = 16  # characters
 _WIDE = 120  # columns that all figures need

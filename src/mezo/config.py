@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from mezo.errors import UserError
+from mezo.names import unknown_key_message
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -371,12 +371,6 @@ _COUNTS = (
 def label_key(value: object) -> str:
     """The name under which a label value appears in `label_words`: 1, 1.0 and "1" are "1", True is "True"."""
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
-
-
-def unknown_key_message(key: str, valid: list[str]) -> str:
-    """One line about an unknown option, with the nearest valid name."""
-    nearest = difflib.get_close_matches(key, valid, n=1, cutoff=0.0)
-    return f"unknown option {key!r}; the nearest valid one is {nearest[0]!r}"
 
 
 @dataclass(frozen=True)

@@ -148,6 +148,12 @@ def smoothed_loss(run: Run) -> Curve:
     return moving_mean(run.losses, run.window)
 
 
+def exploded(curve: Curve) -> bool:
+    """Whether a loss rose to more than thirty times where it began."""
+    values = curve.values[np.isfinite(curve.values)]
+    return len(values) > 0 and bool(values.min() > 0 and values.max() > 30 * max(values[0], 0.1))
+
+
 def moving_mean(values: Floats, window: int) -> Curve:
     """Means of the `window` values up to the n-th, at no more than 1,000 of all n for which there are so many."""
     ends = spread(window, len(values), _CURVE_POINTS)

@@ -18,6 +18,7 @@ when a file had grown but its data had not reached the disk. A wrong checksum an
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import os
@@ -76,15 +77,18 @@ def read(path: str | os.PathLike[str]) -> Contents:
     Raises:
         JournalError: the file is missing, is no journal, or is corrupt before its tail.
     """
-    try:
-        data = Path(path).read_bytes()
-    except FileNotFoundError:
-        raise JournalError(f"{path}: no journal here") from None
+    data = _read_file(path)
     header, offset = _read_header(data, path)
-    records = _read_records(data, offset, path)
-    steps = _group(records, path)
+    steps = list(_group(_read_records(data, offset, path), path))
     valid_bytes = offset + RECORD_SIZE * sum(map(len, steps))
     return Contents(header, steps, valid_bytes, len(data) - valid_bytes)
+
+
+def stream(path: str | os.PathLike[str]) -> tuple[JsonObject, Iterator[list[Record]]]:
+    """Header and steps of a journal as `read` gives them, for who keeps no records: they take ten times the file."""
+    data = _read_file(path)
+    header, offset = _read_header(data, path)
+    return header, _group(_read_records(data, offset, path), path)
 
 
 def is_cut_off(path: Path) -> bool:
@@ -189,6 +193,13 @@ def _record_crc(body: bytes, index: int) -> int:
     return zlib.crc32(index.to_bytes(8, "little"), zlib.crc32(body))
 
 
+def _read_file(path: str | os.PathLike[str]) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except FileNotFoundError:
+        raise JournalError(f"{path}: no journal here") from None
+
+
 def _read_header(data: bytes, path: str | os.PathLike[str]) -> tuple[JsonObject, int]:
     """The header and the offset of the first record."""
     if data[: len(MAGIC)] != MAGIC:
@@ -211,30 +222,28 @@ def _read_header(data: bytes, path: str | os.PathLike[str]) -> tuple[JsonObject,
     return header, stop + _CRC.size
 
 
-def _read_records(data: bytes, offset: int, path: str | os.PathLike[str]) -> list[Record]:
-    records: list[Record] = []
-    while offset + RECORD_SIZE <= len(data):
-        record = unpack(data[offset : offset + RECORD_SIZE], len(records))
+def _read_records(data: bytes, offset: int, path: str | os.PathLike[str]) -> Iterator[Record]:
+    for index in itertools.count():
+        if offset + RECORD_SIZE > len(data):
+            return
+        record = unpack(data[offset : offset + RECORD_SIZE], index)
         offset += RECORD_SIZE
         if record is None:
             if offset + RECORD_SIZE <= len(data) and data[offset:].strip(b"\0"):
-                raise JournalError(f"{path}: record {len(records)} has a wrong checksum, and records follow it")
-            break
-        records.append(record)
-    return records
+                raise JournalError(f"{path}: record {index} has a wrong checksum, and records follow it")
+            return
+        yield record
 
 
-def _group(records: list[Record], path: str | os.PathLike[str]) -> list[list[Record]]:
+def _group(records: Iterator[Record], path: str | os.PathLike[str]) -> Iterator[list[Record]]:
     """Records by step; an incomplete last step is left out."""
-    steps: list[list[Record]] = []
     start = 0
-    while start < len(records):
-        group = records[start : start + max(1, records[start].num_queries)]
-        expected = [(len(steps), query, len(group)) for query in range(len(group))]
-        if start + records[start].num_queries > len(records):
-            break
+    for step, first in enumerate(records):
+        group = [first, *itertools.islice(records, max(1, first.num_queries) - 1)]
+        if len(group) < first.num_queries:
+            return
+        expected = [(step, query, len(group)) for query in range(len(group))]
         if [(r.step, r.query, r.num_queries) for r in group] != expected:
-            raise JournalError(f"{path}: records {start} … {start + len(group) - 1} are not those of step {len(steps)}")
-        steps.append(group)
+            raise JournalError(f"{path}: records {start} … {start + len(group) - 1} are not those of step {step}")
+        yield group
         start += len(group)
-    return steps

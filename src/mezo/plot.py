@@ -15,9 +15,11 @@ import numpy as np
 
 from mezo.config import MeZOConfig
 from mezo.curves import (
+    Curve,
     Run,
     best_metric,
     comparable,
+    exploded,
     histograms,
     load_runs,
     median_size,
@@ -122,8 +124,10 @@ def _draw_loss(axes: Axes, runs: Sequence[Run]) -> None:
         low, high = np.quantile(np.concatenate([run.losses for run in runs]), (0.005, 0.995))
         margin = 0.05 * (high - low) or 0.01
         axes.set_ylim(low - margin, high + margin)
-    for i, run in enumerate(runs):
-        axes.plot(*smoothed_loss(run), color=colour(i), linestyle=_dash(i))
+    curves = [smoothed_loss(run) for run in runs]
+    for i, curve in enumerate(curves):
+        _line(axes, i, curve)
+    _scale(axes, curves)
     _dress(axes, "training loss", f"loss, mean over {_windows([run.window for run in runs], 'step', 'steps')}")
 
 
@@ -131,9 +135,9 @@ def _logged_panel(key: str) -> Panel:
     def panel(axes: Axes, runs: Sequence[Run]) -> None:
         for i, run in enumerate(runs):
             if key in run.logged:
-                steps, values = run.logged[key]
-                marker = "o" if len(steps) <= _MAX_MARKERS else ""
-                axes.plot(steps, values, color=colour(i), linestyle=_dash(i), marker=marker, markersize=4)
+                _line(axes, i, run.logged[key], _MAX_MARKERS)
+        if key == "eval_loss":
+            _scale(axes, [run.logged[key] for run in runs if key in run.logged])
         _dress(axes, key)
 
     return panel
@@ -146,7 +150,7 @@ def _draw_speed(axes: Axes, runs: Sequence[Run]) -> None:
             steps, values = run.logged[_SPEED]
             windows.append(smoothing_window(len(steps)))
             ends, means = moving_mean(values, windows[-1])
-            axes.plot(steps[ends - 1], means, color=colour(i), linestyle=_dash(i))
+            _line(axes, i, Curve(steps[ends - 1], means))
     axes.set_ylim(0, 1.1 * axes.get_ylim()[1])
     axes.yaxis.set_major_formatter("{x:,.0f}")
     _dress(axes, _SPEED, f"mean over {_windows(windows, 'log entry', 'log entries')}")
@@ -164,13 +168,27 @@ def _draw_histogram(axes: Axes, runs: Sequence[Run]) -> None:
 
 def _draw_median(axes: Axes, runs: Sequence[Run]) -> None:
     for i, run in enumerate(runs):
-        axes.plot(*median_size(run), color=colour(i), linestyle=_dash(i))
+        _line(axes, i, median_size(run))
     if comparable(runs):
         axes.set_ylim(0, 1.1 * axes.get_ylim()[1])
     else:
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
     _dress(axes, "median |projected_grad|", f"median over {_windows([run.window for run in runs], 'step', 'steps')}")
+
+
+def _line(axes: Axes, index: int, curve: Curve, most_markers: int = 1) -> None:
+    """A run's curve; a single point, which makes no line, is marked."""
+    marker = "o" if len(curve.steps) <= most_markers else ""
+    axes.plot(*curve, color=colour(index), linestyle=_dash(index), marker=marker, markersize=4)
+
+
+def _scale(axes: Axes, curves: Sequence[Curve]) -> None:
+    """A logarithmic axis for losses that exploded, beside which all others would be a flat line."""
+    if any(exploded(curve) for curve in curves):
+        axes.set_yscale("log")
+        axes.autoscale(axis="y")
+        axes.yaxis.set_major_formatter("{x:,g}")
 
 
 def _dress(axes: Axes, title: str, ylabel: str = "", xlabel: str = "step") -> None:

@@ -101,7 +101,9 @@ class MeZOTrainer:
             train_batch_size=config.per_device_train_batch_size,
         )
         self.control = TrainerControl()
-        self.callbacks = callback_handler(config, self.args, callbacks, engine.model, engine.tokenizer)
+        self.callbacks = callback_handler(
+            config, str(header["kind"]), self.args, callbacks, engine.model, engine.tokenizer
+        )
         self.sampler = BatchSampler(
             len(train_examples), config.batch_size, config.seed if config.data_seed is None else config.data_seed
         )

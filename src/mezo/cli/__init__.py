@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn, TypeVar, get_type_hints
 
 import tyro
@@ -22,14 +26,15 @@ from mezo.cli.options import (
     ReplayOptions,
     TuneOptions,
 )
-from mezo.config import PRESETS, MeZOConfig, coerced, preset, unknown_key_message
+from mezo.config import PRESETS, MeZOConfig, coerced, preset
 from mezo.errors import EngineError, NonFiniteLossError, UserError, is_out_of_memory
+from mezo.names import unknown_key_message
 
 _Options = TypeVar("_Options")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point of `mezo`; exits with 0, with 1 after an error, 2 after wrong usage, 130 when interrupted."""
+    """Entry point of `mezo`: exits with 0, 1 after an error, 2 after wrong usage, 130 by Ctrl-C, 143 by SIGTERM."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_help())
@@ -42,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         nearest = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.0)[0]
         _fail(f"unknown command {name!r}; the nearest one is {nearest!r}", code=2)
     try:
-        COMMANDS[name][0](rest)
+        with _terminable():
+            COMMANDS[name][0](rest)
     except (UserError, NonFiniteLossError, EngineError) as error:
         _fail(str(error))
     except OSError as error:
@@ -51,10 +57,34 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not is_out_of_memory(error):
             raise
         _fail(f"out of memory; what was saved is intact, a smaller batch or dtype may fit ({_first_line(error)})")
+    except _Terminated:
+        _fail(f"terminated; {_GO_ON}", code=143)
     except KeyboardInterrupt:
-        _fail(
-            "interrupted; every finished step is in the journal, --resume_from_checkpoint goes on from there", code=130
-        )
+        _fail(f"interrupted; {_GO_ON}", code=130)
+
+
+_GO_ON = "every finished step is in the journal, --resume_from_checkpoint goes on from there"
+
+
+class _Terminated(BaseException):
+    """SIGTERM came, as schedulers send it before they kill."""
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Lets SIGTERM end a command as Ctrl-C does: files closed, the terminal given back, one line."""
+    if threading.current_thread() is not threading.main_thread():  # which alone may set handlers
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    raise _Terminated
 
 
 def _train(argv: list[str]) -> None:

@@ -9,6 +9,7 @@ import logging
 import os
 import platform
 import shlex
+import sys
 import warnings
 from collections.abc import Sequence
 
@@ -46,7 +47,7 @@ def _quiet() -> None:
 
     logger = logging.getLogger("mezo")
     if not logger.handlers:
-        logger.addHandler(logging.StreamHandler())
+        logger.addHandler(_StandardError())
         logger.handlers[0].setFormatter(logging.Formatter("mezo: %(message)s"))
         logger.propagate = False
     huggingface_hub.logging.set_verbosity_error()
@@ -57,6 +58,13 @@ def _quiet() -> None:
     # PEFT calls this deprecated alias of transformers.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
     warnings.showwarning = lambda message, *rest: logger.warning("%s", message)
+
+
+class _StandardError(logging.Handler):
+    """Whatever standard error is at the time: while a progress bar stands there, rich prints lines above it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr)
 
 
 def train(config: MeZOConfig) -> None:
@@ -79,7 +87,7 @@ def tune(config: MeZOConfig, options: TuneOptions, arguments: Sequence[str]) -> 
     _quiet()
     name = config.metric_for_best_model
     trials = run_tune(dataclasses.replace(config, disable_tqdm=True), options, lambda t: print(_line(t, name)))
-    table = Table("learning_rate", "epsilon", "steps", name, "folder")
+    table = Table("learning_rate", "epsilon", "steps", name, Column("folder", overflow="fold"))
     for trial in trials:
         value = "diverged" if trial.metric is None else f"{trial.metric:.4f}"
         table.add_row(f"{trial.learning_rate:g}", f"{trial.epsilon:g}", str(trial.steps), value, trial.output_dir)
@@ -87,6 +95,10 @@ def tune(config: MeZOConfig, options: TuneOptions, arguments: Sequence[str]) -> 
     best = trials[0]
     if best.metric is None:
         raise UserError("every candidate diverged; try smaller learning rates")
+    rates = sorted({trial.learning_rate for trial in trials})
+    if best.learning_rate in (rates[0], rates[-1]):
+        which, further = ("highest", "higher") if best.learning_rate == rates[-1] else ("lowest", "lower")
+        print(f"the best learning_rate is the {which} that was tried; {further} ones may be better")
     found = ["--learning_rate", repr(best.learning_rate), "--epsilon", repr(best.epsilon)]
     more = ["--max_steps", str(2 * best.steps), "--output_dir", best.output_dir, "--resume_from_checkpoint"]
     print(f"best: {best.output_dir}; twice as far with\n{shlex.join(['mezo', 'train', *arguments, *found, *more])}")

@@ -6,7 +6,7 @@ The checks are plain functions of arrays. Shapes: S steps, Q directions of a ste
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,12 +15,13 @@ from mezo.config import MeZOConfig
 from mezo.doctor.finding import SEVERITIES, Finding
 from mezo.doctor.losses import differences, epsilon, not_finite, numbers
 from mezo.doctor.progress import FEWEST_STEPS, convergence, exploded, explosion, rate_of_paper, rising, stability, steps
-from mezo.doctor.run import Logs, Run, read_run
+from mezo.doctor.run import Logs, Run, read_run, usual_epsilon
 from mezo.doctor.updates import precision, speed
 
-__all__ = ["Finding", "Run", "diagnose", "read_run", "while_training"]
+__all__ = ["Finding", "Run", "diagnose", "read_run", "urgent", "while_training"]
 
 _CHECKS: tuple[Callable[[Run], list[Finding]], ...] = (numbers, epsilon, convergence, stability, precision, speed)
+_QUIET_STEPS = 1000
 
 
 def diagnose(run: Run) -> list[Finding]:
@@ -44,6 +45,8 @@ def _judged(run: Run) -> list[Finding]:
 
 
 def _chosen(run: Run, chosen_S: NDArray[np.bool_]) -> Run:
+    if chosen_S.all():
+        return run
     return dataclasses.replace(
         run,
         plus_SQ=run.plus_SQ[chosen_S],
@@ -54,11 +57,12 @@ def _chosen(run: Run, chosen_S: NDArray[np.bool_]) -> Run:
     )
 
 
-def while_training(config: MeZOConfig, logs: Logs) -> list[Finding]:
+def while_training(config: MeZOConfig, kind: str, logs: Logs) -> list[Finding]:
     """What the latest log entries of training show to be wrong: losses that are dead or rounded, divergence.
 
     Args:
         config: the run's.
+        kind: its model's head.
         logs: its entries with a loss.
     """
     plus_R, minus_R, loss_S = (
@@ -66,8 +70,27 @@ def while_training(config: MeZOConfig, logs: Logs) -> list[Finding]:
     )
     if exploded(loss_S).any():
         return [explosion(config.learning_rate, loss_S)]
-    usual = config.epsilon if config.normalize_perturbations else MeZOConfig.epsilon
+    usual = usual_epsilon(config, kind)
+    # Below rounding of float32 nothing is left in any type.
     found = differences(config, usual, "float32", plus_R, minus_R) if len(logs) >= 5 else []
     if len(logs) >= FEWEST_STEPS:
         found += rising(config.learning_rate, loss_S)
-    return [finding for finding in found if finding.severity in ("problem", "warning")]
+    return _grave(found)
+
+
+def urgent(run: Run, findings: Sequence[Finding]) -> list[Finding]:
+    """Of a diagnosis what a run that is still training should be told.
+
+    A loss that does not fall yet is no news in the first half, nor in the first thousand steps.
+
+    Args:
+        run: the run.
+        findings: what `diagnose` says of it.
+    """
+    early = run.num_steps < max(_QUIET_STEPS, run.max_steps / 2)
+    quiet = ("steps", "speed", "convergence") if early else ("steps", "speed")
+    return [finding for finding in _grave(findings) if finding.topic not in quiet]
+
+
+def _grave(findings: Sequence[Finding]) -> list[Finding]:
+    return [finding for finding in findings if finding.severity in ("problem", "warning")]

@@ -77,10 +77,7 @@ def _rounding(dtype: str, batch_size: int, apart: float, level: float, larger: s
 def numbers(run: Run) -> list[Finding]:
     """`differences` where the run begins, before it may have solved its task."""
     plus_R, minus_R = run.opening
-    usual = float(str(run.preset.values["epsilon"]))
-    if run.config.normalize_perturbations:  # by the root of each tensor's size larger, which the journal does not hold
-        usual = run.config.epsilon
-    return differences(run.config, usual, run.dtype or "float32", plus_R, minus_R)
+    return differences(run.config, run.usual_epsilon, run.dtype or "float32", plus_R, minus_R)
 
 
 def epsilon(run: Run) -> list[Finding]:

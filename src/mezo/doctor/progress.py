@@ -87,9 +87,12 @@ def _gap(a: Floats, b: Floats) -> tuple[float, float]:
 
 def predicted_decrease(run: Run) -> float | None:
     """Σ learning_rate · coefficient · slope along z; None where the optimizer has a memory."""
-    if run.config.optim != "sgd":
-        return None
-    return float((run.rate_S[:, None] * run.coefficient_SQ * run.slope_SQ).sum())
+    return float(_predicted_S(run).sum()) if run.config.optim == "sgd" else None
+
+
+def _predicted_S(run: Run) -> Floats:
+    predicted_S: Floats = (run.rate_S[:, None] * run.coefficient_SQ * run.slope_SQ).sum(axis=1)
+    return predicted_S
 
 
 def convergence(run: Run) -> list[Finding]:
@@ -101,12 +104,23 @@ def convergence(run: Run) -> list[Finding]:
     if t.last < SOLVED:
         return [Finding("ok", "convergence", f"{line}: there is little left of it.")]
     if t.falls and t.first - t.last >= 0.01 * t.first:
-        share = f"; the run's own steps predict a decrease of {predicted:.2g}" if predicted is not None else ""
-        return [Finding("ok", "convergence", f"{line}{share}.")]
+        return [Finding("ok", "convergence", f"{line}{_signal(run, t)}.")]
     if any(finding.severity != "ok" for finding in numbers(run)):
         advice = "First what is said of projected_grad under numbers"
         return [Finding("warning", "convergence", f"{line}: it does not fall.", advice)]
     return _why(run, t, predicted, line)
+
+
+def _signal(run: Run, t: Trend) -> str:
+    """Gradient against noise: projected_grad² holds both, the decrease that comes of it only the gradient."""
+    if run.config.optim != "sgd":
+        return ""
+    total_S, fifth, seen = _predicted_S(run).cumsum(), run.num_steps // 5, t.first - t.last
+    text = f"; the run's own steps predict a decrease of {total_S[-1]:.2g}"
+    between = float(total_S[-fifth:].mean() - total_S[:fifth].mean())
+    if not 0 < seen < between:
+        return text
+    return f"{text}, of which {100 * seen / between:.2g} % is seen: the rest is noise of batches, or curvature"
 
 
 def _why(run: Run, t: Trend, predicted: float | None, line: str) -> list[Finding]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from array import array
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +15,7 @@ from numpy.typing import NDArray
 from mezo import checkpoint, journal
 from mezo.config import PRESETS, MeZOConfig, Preset
 from mezo.errors import UserError
+from mezo.estimator import Record
 
 Floats = NDArray[np.float64]
 Logs = Collection[Mapping[str, float]]
@@ -82,9 +85,29 @@ class Run:
     @property
     def preset(self) -> Preset:
         """The paper's setting for this kind of model and parameters."""
-        family = "opt" if self.kind == "causal_lm" else "roberta"
-        method = ("lora" if self.config.peft_type == "lora" else "prefix") if self.config.use_peft else "full"
-        return PRESETS[f"{family}-{method}"]
+        return paper_setting(self.config, self.kind)
+
+    @property
+    def usual_epsilon(self) -> float:
+        """What such runs have."""
+        return usual_epsilon(self.config, self.kind)
+
+
+def paper_setting(config: MeZOConfig, kind: str) -> Preset:
+    """The paper's setting for a kind of model and the parameters that a run trains."""
+    family = "opt" if kind == "causal_lm" else "roberta"
+    method = ("lora" if config.peft_type == "lora" else "prefix") if config.use_peft else "full"
+    return PRESETS[f"{family}-{method}"]
+
+
+def usual_epsilon(config: MeZOConfig, kind: str) -> float:
+    """What runs of this kind have; with normalisation their own.
+
+    It is larger by the root of each tensor's size then, which the journal does not hold.
+    """
+    if config.normalize_perturbations:
+        return config.epsilon
+    return float(str(paper_setting(config, kind).values["epsilon"]))
 
 
 def read_run(run: str | Path) -> Run:
@@ -94,8 +117,7 @@ def read_run(run: str | Path) -> Run:
         UserError: there is no run, or its files cannot be read.
     """
     path = Path(run) / checkpoint.JOURNAL_NAME if Path(run).is_dir() else Path(run)
-    contents = journal.read(path)
-    header, steps = contents.header, contents.steps
+    header, steps = journal.stream(path)
     try:
         config = MeZOConfig.from_dict(header["config"])  # type: ignore[arg-type]  # JSON
         kind = str(header["kind"])
@@ -109,20 +131,22 @@ def read_run(run: str | Path) -> Run:
             raise ValueError
     except (ValueError, AttributeError, TypeError):
         raise UserError(f"{state_path}: not a trainer_state.json") from None
+    numbers = _numbers(steps, path)
+    num_steps = len(numbers.rate_S)
     due = [config.save_steps] + ([config.eval_steps] if config.eval_steps else [])
-    last = checkpoint.checkpoint_path(path.parent, len(steps))
+    last = checkpoint.checkpoint_path(path.parent, num_steps)
     return Run(
         config=config,
         kind=kind,
-        plus_SQ=_table([[r.loss_plus for r in records] for records in steps]),
-        minus_SQ=_table([[r.loss_minus for r in records] for records in steps]),
-        coefficient_SQ=_table([[r.coefficient for r in records] for records in steps]),
-        rate_S=np.array([records[0].learning_rate for records in steps]),
-        tokens_S=np.array([float(records[0].num_tokens) for records in steps]),
+        plus_SQ=numbers.plus_SQ,
+        minus_SQ=numbers.minus_SQ,
+        coefficient_SQ=numbers.coefficient_SQ,
+        rate_S=numbers.rate_S,
+        tokens_S=numbers.tokens_S,
         logs=logs,
         max_steps=max_steps,
         weights_dtype=_saved_dtype(path.parent),
-        aborted=last.exists() and len(steps) < max_steps and all(len(steps) % n for n in due),
+        aborted=last.exists() and num_steps < max_steps and all(num_steps % n for n in due),
     )
 
 
@@ -131,8 +155,32 @@ def _is_entry(entry: object) -> bool:
     return isinstance(entry, dict) and all(isinstance(value, (int, float)) for value in entry.values())
 
 
-def _table(rows: list[list[float]]) -> Floats:
-    return np.array(rows).reshape(len(rows), -1 if rows else 1)
+class _Numbers(NamedTuple):
+    """What `Run` has of a journal."""
+
+    plus_SQ: Floats
+    minus_SQ: Floats
+    coefficient_SQ: Floats
+    rate_S: Floats
+    tokens_S: Floats
+
+
+def _numbers(steps: Iterator[list[Record]], path: Path) -> _Numbers:
+    """Eight bytes a number: a run that is training reads its own journal again and again."""
+    plus, minus, coefficient, rate, tokens = (array("d") for _ in range(5))
+    widths = set()
+    for records in steps:
+        widths.add(len(records))
+        plus.extend(r.loss_plus for r in records)
+        minus.extend(r.loss_minus for r in records)
+        coefficient.extend(r.coefficient for r in records)
+        rate.append(records[0].learning_rate)
+        tokens.append(records[0].num_tokens)
+    if len(widths) > 1:
+        raise UserError(f"{path}: its steps have different numbers of directions")
+    shape = (len(rate), *(widths or {1}))
+    plus_SQ, minus_SQ, coefficient_SQ = (np.asarray(a).reshape(shape) for a in (plus, minus, coefficient))
+    return _Numbers(plus_SQ, minus_SQ, coefficient_SQ, np.asarray(rate), np.asarray(tokens))
 
 
 def _saved_dtype(folder: Path) -> str | None:

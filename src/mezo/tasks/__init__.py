@@ -13,8 +13,9 @@ from typing import get_type_hints
 import yaml
 from datasets import Dataset
 
-from mezo.config import MeZOConfig, coerced, label_key, unknown_key_message
+from mezo.config import MeZOConfig, coerced, label_key
 from mezo.errors import UserError
+from mezo.names import unknown_key_message
 from mezo.tasks.rows import FUNCTIONS, Row, column
 
 _FOLDER = Path(__file__).parent
