@@ -11,7 +11,6 @@ import os
 from collections.abc import Callable
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -42,17 +41,10 @@ def _add(
     plus_RW: Tensor, minus_RW: Tensor, base_RW: Tensor, scale: float, seed: int, stream: int, starts_R: Tensor
 ) -> None:
     if base_RW.numel():
-        key = np.array((seed & 0xFFFFFFFF, seed >> 32, stream & 0xFFFFFFFF, stream >> 32))
+        key = (seed & 0xFFFFFFFF, seed >> 32, stream & 0xFFFFFFFF, stream >> 32)
         arrays = (t.numpy() for t in (plus_RW, minus_RW, base_RW))
         kernel = _compiled(base_RW.numel() > _SERIAL_UP_TO)
-        kernel(*arrays, np.float32(scale), starts_R.numpy(), key, _tables())
-
-
-@functools.cache
-def _tables() -> tuple[npt.NDArray[np.float32], ...]:
-    from mezo.philox import tables
-
-    return tuple(t.numpy() for t in tables(torch.device("cpu")))
+        kernel(*arrays, np.float32(scale), starts_R.numpy(), key)
 
 
 @functools.cache
