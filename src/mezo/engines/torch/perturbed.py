@@ -83,7 +83,7 @@ class PerturbedForward(TorchFunctionMode):
 
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)
-        for _, parts in self._unfinished.values():
+        for _, parts in list(self._unfinished.values()):
             parts.finish_()
         self._unfinished.clear()
 
