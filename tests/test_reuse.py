@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from mezo import MeZOConfig, UserError, journal
 from mezo.activation import activate, invocation_tokens
@@ -22,6 +22,8 @@ from mezo.engines.torch.reuse import TensorStore, shared_prefixes
 from mezo.estimator import Probe, Record, TwoPoint
 from mezo.objective import Example, Target, TokenSequence, batch_loss
 from tests.conftest import SENTIMENT_ROWS
+from tests.speed_table import INVOCATION as TABLE_INVOCATION
+from tests.speed_table import TABLE, examples_of
 
 # Float32 on both sides; products over other shapes sum in other orders.
 TOLERANCE = 1e-5
@@ -219,6 +221,9 @@ def test_tensor_store_forgets_what_was_not_used_for_longest():
     store.put("large", torch.zeros(4))
     assert store.get("large") is None
     assert store.num_bytes == 12
+    elsewhere = TensorStore(12, torch.device("meta"))  # as the CPU's memory is to a model on a GPU
+    elsewhere.put("a", torch.zeros(1))
+    assert elsewhere.get("a").device.type == "meta"
 
 
 def test_invocation_is_the_common_ending():
@@ -239,9 +244,13 @@ def test_invocation_is_the_common_ending():
         activate([example(1, 50)], [50])
 
 
+@pytest.mark.parametrize("store_bytes", [1_000_000_000, 6_000], ids=["kept", "evicted"])
 @pytest.mark.parametrize(("name", "peft"), [("llama", False), ("llama", True), ("opt", False), ("gpt2", True)])
-def test_frozen_lower_layers(model_folder, name, peft):
-    engines = [engine_for(model_folder(name), share=share, peft=peft, layers="last:1") for share in (True, False)]
+def test_frozen_lower_layers(model_folder, name, peft, store_bytes):
+    engines = [
+        engine_for(model_folder(name), share=share, peft=peft, layers="last:1", store_bytes=store_bytes)
+        for share in (True, False)
+    ]
     trained = list(engines[0].space.parameters)
     assert trained and not any("embed" in n or ".0." in n or "wte" in n or "lm_head" in n for n in trained)
 
@@ -254,6 +263,7 @@ def test_frozen_lower_layers(model_folder, name, peft):
 
     check()
     assert engines[0].work.computed < engines[1].work.computed == engines[1].work.asked
+    assert 0 < engines[0]._store.num_bytes <= store_bytes
 
 
 def test_activated_lora_in_the_last_layers(model_folder):
@@ -307,6 +317,29 @@ def test_trainable_layers_by_pattern(model_folder):
             engine_for(model_folder("llama"), share=True, peft=False, layers=spec)
 
 
+@pytest.mark.parametrize("row", TABLE)
+def test_the_tables_rows_reuse_what_can_be(row):
+    """With the costs of a forward pass that the engine counts with by itself."""
+    (count, _, _, own, activated), percent = TABLE[row]
+    examples = examples_of(row, 60)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1,
+        max_position_embeddings=2048,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        model = LlamaForCausalLM(config).eval().requires_grad_(False)
+    variant = {"lora_variant": "alora", "alora_invocation_tokens": TABLE_INVOCATION} if activated else {}
+    mezo_config = MeZOConfig(model_name_or_path="none", use_peft=True, use_cpu=True, **variant)
+    tokenizer = type("Tokenizer", (), {"pad_token_id": 1})
+    engine = TorchEngine(add_adapter(model, mezo_config, "causal_lm"), tokenizer)
+    engine.losses(examples, TwoPoint(0, 1e-3).probes(0))
+    first = engine.work.computed
+    engine.losses(examples, TwoPoint(0, 1e-3).probes(1))
+    second = engine.work.computed - first
+    assert 100 * (1 - second / (engine.work.asked / 2)) == pytest.approx(percent, abs=1e-9)
+    assert first == (second + count * (own - 1) if activated else second)
+
+
 RUN = {
     "template": "{text} it was", "label_words": {"0": "terrible", "1": "great"}, "learning_rate": 1e-2,
     "batch_size": 8, "num_steps": 12, "seed": 3, "use_cpu": True, "disable_tqdm": True, "logging_steps": 4,
@@ -317,7 +350,8 @@ RUN = {
 def test_a_run_with_reuse_is_a_run_without(model_folder, tmp_path, variant):
     """Journals, weights and evaluation of whole runs; what was reused is reported."""
     options = {
-        "alora": {"lora_rank": 4, "lora_variant": "alora"}, "lora": {"lora_rank": 4},
+        "alora": {"lora_rank": 4, "lora_variant": "alora"},
+        "lora": {"lora_rank": 4, "template": "it was good . " * 10 + "{text} it was"},
         "layers": {"trainable_layers": "last:1", "learning_rate": 1e-4},
     }[variant]  # fmt: skip
     runs = {}
@@ -337,8 +371,7 @@ def test_a_run_with_reuse_is_a_run_without(model_folder, tmp_path, variant):
     assert last["tokens_asked"] == sum(2 * r.num_tokens for (r,) in steps[0])
     assert last["tokens_computed"] == sum(r.computed_tokens for (r,) in steps[0])
     assert last["reuse_percent"] == pytest.approx(100 * (1 - last["tokens_computed"] / last["tokens_asked"]), abs=0.01)
-    if variant != "lora":  # these short prompts are not worth a pass
-        assert last["reuse_percent"] > 20 and last["seconds_saved"] > 0
+    assert last["reuse_percent"] > 20 and last["seconds_saved"] > 0
     facts = summary(runs[True])
     assert {facts[key] == last[key] for key in ("tokens_computed", "reuse_percent", "seconds_saved")} == {True}
     assert facts["steps"] == "12 of 12"

@@ -122,6 +122,12 @@ _SPARKS = 16  # characters
 _WIDE = 120  # columns that all figures need
 
 
+def _short(count: float) -> str:
+    """Three digits, as 25.9k."""
+    size, unit = next(((s, u) for s, u in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if count >= s), (1, ""))
+    return f"{count / size:.3g}{unit}"
+
+
 def sparkline(values: Sequence[float], width: int = _SPARKS) -> str:
     """The last `width` values as bars between their lowest and highest."""
     shown = [v for v in values[-width:] if math.isfinite(v)]
@@ -185,7 +191,9 @@ class ProgressCallback(TrainerCallback):
             if self._wide:
                 figures += f"  projected_grad {logs['projected_grad']:+.3g}  {rate:,.0f} tokens/s"
             if self._wide and logs.get("reuse_percent"):
-                figures += f"  reuse {logs['reuse_percent']:.0f} %, {logs['seconds_saved']:,.0f} s saved"
+                computed, asked = _short(logs["tokens_computed"]), _short(logs["tokens_asked"])
+                saved = f"{computed} of {asked} tokens computed, {logs['seconds_saved']:,.0f} s saved"
+                figures += f"  reuse {logs['reuse_percent']:.0f} %: {saved}"
             self._progress.update(self._task, figures=figures)
         if "eval_loss" in logs:
             figures = "  ".join(f"{name} {value:.4f}" for name, value in logs.items() if name.startswith("eval_"))

@@ -45,7 +45,7 @@ def says_much(completions: list[str], **columns: Any) -> list[float]:
     return [len(text) / 40 for text in completions]
 
 
-def model_runner(model: str, targets: list[str]) -> Any:
+def model_runner(model: str, targets: list[str], **more: Any) -> Any:
     """SGLang's ModelRunner as its own benchmark builds it."""
     from sglang.benchmark import one_batch
     from sglang.srt.entrypoints.engine import _set_envs_and_config
@@ -58,7 +58,7 @@ def model_runner(model: str, targets: list[str]) -> Any:
         model_path=model, device="cpu", dtype="float32", attention_backend="torch_native", sampling_backend="pytorch",
         grammar_backend="none", lora_backend="torch_native", disable_cuda_graph=True, log_level="error", page_size=1,
         max_running_requests=64, enable_lora=True, max_lora_rank=RANK, lora_target_modules=targets,
-        max_loras_per_batch=5, **ENGINE_ARGS,
+        max_loras_per_batch=5, **{**ENGINE_ARGS, **more},
     )  # fmt: skip
     arguments.resolve_once()
     _set_envs_and_config(arguments)
@@ -149,6 +149,33 @@ def engine_on(runner: Any, model: str, start: str, *, share: bool) -> Any:
         parameter.detach().copy_(adapter[name])
     client = mezo.sglang.InProcess(runner, runner.lora_manager)
     return SGLangEngine([client], peft_model, AutoTokenizer.from_pretrained(model), share_prefixes=share)
+
+
+def table(model: str, out: str) -> None:
+    """Reuse in percent of the second pass over each row of `tests.speed_table`."""
+    import mezo.sglang
+    from mezo import MeZOConfig
+    from mezo.engines.sglang import build
+    from mezo.engines.sglang.engine import SGLangEngine
+    from mezo.estimator import TwoPoint
+    from tests.speed_table import INVOCATION, TABLE, examples_of
+
+    runner = model_runner(model, ["q_proj", "v_proj"], max_total_tokens=65536, context_length=2048)
+    found = {}
+    for row, ((*_, activated), _) in TABLE.items():
+        variant = {"lora_variant": "alora", "alora_invocation_tokens": INVOCATION} if activated else {}
+        config = MeZOConfig(
+            model_name_or_path=model, use_peft=True, lora_r=RANK, lora_target_modules=["q_proj", "v_proj"], **variant
+        )
+        client = mezo.sglang.InProcess(runner, runner.lora_manager)
+        engine = SGLangEngine([client], build.adapter_on_meta(config), None)
+        for step in range(2):
+            before = engine.work.asked, engine.work.computed
+            engine.losses(examples_of(row, 28), TwoPoint(0, 1e-3).probes(step))
+        asked, computed = engine.work.asked - before[0], engine.work.computed - before[1]
+        found[row] = 100 * (1 - computed / asked)
+        engine.close()
+    Path(out).write_text(json.dumps(found))
 
 
 def reuse(**arguments: Any) -> None:

@@ -31,16 +31,16 @@ def batch(generator: random.Random, *, activated: bool) -> list[Example]:
 
 
 def expected_tokens(examples: list[Example]) -> int:
-    """Tokens that two probes compute: a row borrows from the first with its prompt, or from the first of all."""
-    computed = 0
-    firsts: dict[tuple[int, ...], tuple[int, ...]] = {}
-    for sequence in (s for e in examples for s in e.sequences):
-        ids = sequence.input_ids
-        prompt = ids[: sequence.read_start]
-        lenders = [firsts[prompt]] if prompt in firsts else list(firsts.values())[:1]
-        computed += len(ids) - max((common_prefix([prompt, lender]) for lender in lenders), default=0)
-        firsts.setdefault(prompt, ids)
-    return 2 * computed
+    """Tokens that two probes compute if nothing is computed twice: what no other row, in any order, has before.
+
+    A row may take from any other what stands before the first position that it reads.
+    """
+    rows = sorted((s for e in examples for s in e.sequences), key=lambda s: s.input_ids)
+    shared = [
+        max((common_prefix([row.input_ids[: row.read_start], earlier.input_ids]) for earlier in rows[:n]), default=0)
+        for n, row in enumerate(rows)
+    ]
+    return 2 * sum(len(row.input_ids) - tokens for row, tokens in zip(rows, shared, strict=True))
 
 
 def run(model: str, out: str, start: str) -> None:

@@ -1,16 +1,19 @@
 """Keys and values that are reused give the losses of computing everything, also after evictions."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
 from mezo import MeZOConfig, journal
 from mezo.engines.sglang import build
+from mezo.engines.sglang.engine import SGLangEngine
 from mezo.engines.sglang.scoring import Row, Scorer, waves
 from mezo.errors import EngineError
 from mezo.objective import Target, TokenSequence
 from tests.sglang.conftest import finish, start_job
 from tests.sglang.test_trajectory import assert_same_adapter, assert_same_run
+from tests.speed_table import TABLE
 
 STEPS = 20
 ALORA = {"lora_variant": "alora", "num_steps": STEPS}
@@ -55,6 +58,27 @@ def test_random_batches(reference, model_folder, tmp_path):
     # After an eviction the answers with the adapter on the prompt were thrown away and the prompts computed again.
     assert prompts[20] > 0 and prompts[21] > 0 and prompts[25] > 0
     assert found["left"] == 0  # the memory pools are as they were
+
+
+def test_the_tables_rows_reuse_what_can_be(model_folder, tmp_path):
+    out = tmp_path / "found.json"
+    settings = {
+        "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1"
+    }  # random weights: positions beyond the model's will do
+    finish(start_job("table", settings, model=model_folder("llama"), out=str(out)))
+    assert json.loads(out.read_text()) == pytest.approx({row: percent for row, (_, percent) in TABLE.items()}, abs=1e-9)
+
+
+def test_chunks_of_activated_rows_are_refused():
+    def engine(invocation, size):
+        adapter = SimpleNamespace(peft_config={"default": SimpleNamespace(alora_invocation_tokens=invocation)})
+        client = SimpleNamespace(name="http://one", info=lambda: {"chunked_prefill_size": size})
+        return SimpleNamespace(_adapter=adapter, _clients=[client])
+
+    for invocation, size in (([7], -1), ([7], None), (None, 2048)):
+        SGLangEngine._refuse_chunks(engine(invocation, size))
+    with pytest.raises(EngineError, match="start http://one with --chunked-prefill-size -1"):
+        SGLangEngine._refuse_chunks(engine([7], 2048))
 
 
 def test_waves_by_hand():

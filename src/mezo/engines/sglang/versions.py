@@ -348,8 +348,10 @@ class Prefill:
         parts: list[Callable[[], list[dict[str, Any]]]] = []
         requests: list[Any] = []
         tokens = 0
+        order = self._order(body)
         try:
-            for number, ids in enumerate(body["input_ids"]):
+            for number in order:
+                ids = body["input_ids"][number]
                 request = self._request(body, number)
                 if requests and self._closes(requests, tokens, request):
                     self._tree.dec_lock_ref(request.last_node)
@@ -363,11 +365,23 @@ class Prefill:
             self._unlock(requests)
             raise
         parts.append(self._forward(requests, body))
-        return lambda: self._finish(parts)
+        return lambda: self._finish(parts, order)
 
-    def _finish(self, parts: Sequence[Callable[[], list[dict[str, Any]]]]) -> list[dict[str, Any]]:
+    def _order(self, body: Mapping[str, Any]) -> list[int]:
+        """Rows of one probe after those of another, and sorted: of all rows before, the last one is most like a row."""
+        probes = {key: place for place, key in enumerate(dict.fromkeys(body["extra_key"]))}
+        rows = range(len(body["input_ids"]))
+        if not self.shares_within_batch:
+            return list(rows)
+        return sorted(rows, key=lambda n: (probes[body["extra_key"][n]], body["input_ids"][n]))
+
+    def _finish(
+        self, parts: Sequence[Callable[[], list[dict[str, Any]]]], order: Sequence[int]
+    ) -> list[dict[str, Any]]:
         self._under_way = False
-        return [answer for part in parts for answer in part()]
+        answers = (answer for part in parts for answer in part())
+        found = dict(zip(order, answers, strict=True))
+        return [found[number] for number in range(len(order))]
 
     def _unlock(self, requests: Sequence[Any]) -> None:
         self._matches.forget()
@@ -460,21 +474,20 @@ class Prefill:
     def _lend(self, requests: Sequence[Any], pool_rows_R: Tensor) -> None:
         """Enters lenders' slots into the table of slots for the rows that begin like them."""
         loans = self._matches.loans
+        borrowers = [n for n, request in enumerate(requests) if id(request) in loans]
+        if not borrowers:
+            return
         numbers = {id(request): n for n, request in enumerate(requests)}
         table = self._runner.req_to_token_pool.req_to_token
-        for lender_borrows in (False, True):  # the first row of a prompt may itself share a beginning common to all
-            loans_L3 = [
-                (numbers[id(request)], numbers[id(lender)], tokens)
-                for request, (lender, tokens) in ((r, loans[id(r)]) for r in requests if id(r) in loans)
-                if (id(lender) in loans) is lender_borrows
-            ]
-            if loans_L3:
-                borrowers, lenders, tokens_L = torch.tensor(loans_L3, device=table.device).unbind(1)
-                width = max(tokens for _, _, tokens in loans_L3)
-                shared_LT = torch.arange(width, device=table.device) < tokens_L[:, None]
-                rows = pool_rows_R[borrowers]
-                lent_LT = table[pool_rows_R[lenders], :width]
-                table[rows, :width] = torch.where(shared_LT, lent_LT, table[rows, :width])
+        width = max(parts[-1][1] for parts in loans.values())
+        owner_BT = torch.tensor(borrowers)[:, None].repeat(1, width)  # row that fills a slot: by itself its own
+        for owner_T, borrower in zip(owner_BT, borrowers, strict=True):
+            start = 0
+            for owner, stop in loans[id(requests[borrower])]:
+                owner_T[start:stop] = numbers[id(owner)]
+                start = stop
+        owner_BT = pool_rows_R[owner_BT.to(table.device)]
+        table[pool_rows_R[borrowers], :width] = table[owner_BT, torch.arange(width, device=table.device)]
 
 
 @contextlib.contextmanager
@@ -523,20 +536,21 @@ class _Matches:
 
     Args:
         tree: the radix cache.
-        within_batch: a row also finds what an earlier row of its batch will have computed, see `loans`: the first row
-            with the same prompt, else the first one of all.
+        within_batch: a row also finds what an earlier row of its batch will have computed. Rows come sorted, so the one
+            before is most like it.
 
     Attributes:
-        loans: for a request (by id) that begins like an earlier one: that one, and how many tokens they share.
+        loans: for a request (by id) that begins like an earlier one: which request computes its first tokens, as pairs
+            of a request and the token where its part ends.
     """
 
     def __init__(self, tree: Any, within_batch: bool):
         self._tree = tree
         self._within_batch = within_batch
         self._found: dict[tuple[bytes, str | None], Any] = {}
-        self._firsts: dict[str | None, dict[bytes, Any]] = {}  # by key, then by prompt
+        self._last: dict[str | None, Any] = {}  # request, by key
         self._no_slots = torch.zeros(0, dtype=torch.int64)
-        self.loans: dict[int, tuple[Any, int]] = {}
+        self.loans: dict[int, list[tuple[Any, int]]] = {}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._tree, name)
@@ -544,12 +558,12 @@ class _Matches:
     def forget(self) -> None:
         """The batch has run."""
         self._found.clear()
-        self._firsts.clear()
+        self._last.clear()
         self.loans.clear()
 
     def match_prefix(self, params: Any) -> Any:
         """See SGLang's `RadixCache.match_prefix`."""
-        length, key = params.key._raw_len(), params.key.extra_key
+        length, key = len(params.key), params.key.extra_key
         custom = params.req.sampling_params.custom_params
         if custom:
             (length, key), params.req.skip_radix_cache_insert = next(iter(custom.values())), True
@@ -560,14 +574,14 @@ class _Matches:
         return self._with_loan(found, params.req, prompt, key) if self._within_batch and not custom else found
 
     def _with_loan(self, found: Any, request: Any, prompt: bytes, key: str | None) -> Any:
-        firsts = self._firsts.setdefault(key, {})
-        lender = firsts.setdefault(prompt, request)
-        if lender is request:
-            lender = next(iter(firsts.values()))
-        tokens = _shared_tokens(lender.origin_input_ids.tobytes(), prompt) if lender is not request else 0
+        lender, self._last[key] = self._last.get(key), request
+        tokens = 0 if lender is None else _shared_tokens(lender.origin_input_ids.tobytes(), prompt)
         if tokens <= len(found.device_indices):
             return found
-        self.loans[id(request)] = (lender, tokens)
+        # What the lender itself has borrowed it cannot lend: that comes from where the lender has it.
+        parts = [(owner, min(stop, tokens)) for owner, stop in self.loans.get(id(lender), [])]
+        kept = [part for n, part in enumerate(parts) if n == 0 or part[1] > parts[n - 1][1]]
+        self.loans[id(request)] = kept if kept and kept[-1][1] == tokens else [*kept, (lender, tokens)]
         if len(self._no_slots) < tokens:
             self._no_slots = torch.zeros(2 * tokens, dtype=torch.int64, device=found.device_indices.device)
         return found._replace(device_indices=self._no_slots[:tokens])
