@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import logging
 import multiprocessing
 import os
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import datasets
 import pytest
+from transformers.utils.logging import enable_progress_bar
 
 from mezo import MeZOConfig
 from mezo.trainer import make_estimator
@@ -24,6 +26,16 @@ import plain_rows
 from methods_settings import METHODS, TWINS, Job, forwards_per_step, options_of, rates
 
 FIRST = ["--models", "models", "--data", "data", "--tasks", "minilm-mlm/sst2"]
+
+
+@pytest.fixture(autouse=True)
+def _as_it_was():
+    """A run of the benchmark, usually a process of its own, quietens this one."""
+    logger = logging.getLogger("mezo")
+    level = logger.level
+    yield
+    logger.setLevel(level)
+    enable_progress_bar()
 
 
 def options_for(tmp_path, *more):
