@@ -134,8 +134,8 @@ class TorchEngine:
         self._frozen = self._frozen_layers()
         on_gpu = model.device.type == "cuda"
         self._copies = self._copies_within(_COPY_BYTES if on_gpu and share else 0)
-        formed = self._lora is None and self._low_rank is None and self._copies is None
-        self._keys = ProbeKeys(self.space, model.device) if on_gpu and formed and gpu_kernels.enabled() else None
+        keeps_keys = on_gpu and self._forms_weights and gpu_kernels.enabled()
+        self._keys = ProbeKeys(self.space, model.device) if keeps_keys else None
         # Where launching kernels costs more than running them.
         self._graphs = Graphs(model.device) if on_gpu else None
         self._pass_flops = 2 * sum(p.numel() for p in model.parameters())  # of a token
@@ -321,13 +321,17 @@ class TorchEngine:
             groups += [[first + n for n in group] for group in parts]
         return groups
 
+    @property
+    def _forms_weights(self) -> bool:
+        """Whether the weights under a probe are formed anew where a pass reads them."""
+        return self._lora is None and self._low_rank is None and self._copies is None
+
     def _most_tokens_of(self, num_probes: int, shapes: Sequence[tuple[int, int]]) -> float:
         """Rows × longest row with which several probes take no more memory than one on all rows, if they fill the GPU.
 
         Not where the weights are formed anew in each pass.
         """
-        formed = self._lora is None and self._low_rank is None and self._copies is None
-        if self._graphs is None or formed:
+        if self._graphs is None or self._forms_weights:
             return math.inf
         tokens = sum(rows for rows, _ in shapes) * max(longest for _, longest in shapes)
         filling = max(_FILLING_TOKENS, _FILLING_FLOPS / self._pass_flops)
