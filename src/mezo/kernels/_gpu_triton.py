@@ -163,16 +163,17 @@ def _stochastic_round(x, bits, IS_BFLOAT16: tl.constexpr):
 
 @triton.jit
 def _updated(
-    value, counter, keep, stream, seeds_ptr, factor_ptr, num_records, rounding,
+    value, counter, keep, stream, seed, factor, seeds_ptr, factor_ptr, num_records, rounding,
     DECAYS: tl.constexpr, IS_BFLOAT16: tl.constexpr,
 ):  # fmt: skip
-    """The weights of counter blocks after a step, rounded."""
+    """The weights of counter blocks after a step, rounded. The first record's seed and factor are loaded already."""
     value = value.to(tl.float32)
     if DECAYS:
         value = value * keep
-    for record in range(num_records):
+    value = value + factor * _normals(counter, seed, stream)
+    for record in range(1, num_records):
         value = value + tl.load(factor_ptr + record) * _normals(counter, tl.load(seeds_ptr + record), stream)
-    return _stochastic_round(value, _rounding_bits(counter, tl.load(seeds_ptr), rounding), IS_BFLOAT16)
+    return _stochastic_round(value, _rounding_bits(counter, seed, rounding), IS_BFLOAT16)
 
 
 @triton.jit(do_not_specialize=["keep"])
@@ -192,6 +193,7 @@ def update_many(
     size = tl.load(row + 2).to(tl.int32)
     stream, start, rounding = tl.load(row + 3), tl.load(row + 4), tl.load(row + 5)
     factor_ptr = factors_ptr + tl.load(row + 6) * num_records
+    seed, factor = tl.load(seeds_ptr), tl.load(factor_ptr)  # here, so that Philox' keys are made once
     lane, counter = tl.arange(0, 8 * BLOCKS), start // 8 + tl.arange(0, BLOCKS)
     first = (tl.program_id(0) % PARTS) * REPEAT * BLOCKS
     whole = min(first + REPEAT * BLOCKS, size // (8 * BLOCKS) * BLOCKS)  # up to here a program's blocks are all there
@@ -200,13 +202,13 @@ def update_many(
         for block in range(first, whole, BLOCKS):
             value = following
             following = tl.load(weight_ptr + min(block + BLOCKS, whole - BLOCKS) * 8 + lane)  # while these are computed
-            value = _updated(value, counter + block, keep, stream, seeds_ptr, factor_ptr, num_records, rounding,
-                             DECAYS, IS_BFLOAT16)  # fmt: skip
+            value = _updated(value, counter + block, keep, stream, seed, factor, seeds_ptr, factor_ptr, num_records,
+                             rounding, DECAYS, IS_BFLOAT16)  # fmt: skip
             tl.store(weight_ptr + block * 8 + lane, value)
     rest = max(first, whole)
     if rest < min(first + REPEAT * BLOCKS, (size + 7) // 8):
         i = rest * 8 + lane
         value = tl.load(weight_ptr + i, mask=i < size)
-        value = _updated(value, counter + rest, keep, stream, seeds_ptr, factor_ptr, num_records, rounding,
-                         DECAYS, IS_BFLOAT16)  # fmt: skip
+        value = _updated(value, counter + rest, keep, stream, seed, factor, seeds_ptr, factor_ptr, num_records,
+                         rounding, DECAYS, IS_BFLOAT16)  # fmt: skip
         tl.store(weight_ptr + i, value, mask=i < size)
