@@ -151,6 +151,23 @@ def graphs_close(low_rank: tuple[int, int] | None = None, *, formed: bool = Fals
     return captured > 0 and graphs.digest() == plain.digest()
 
 
+def deferred_equal(dtype: torch.dtype) -> bool:
+    """Updates that wait for the next pass, plain or captured, leave the bits of updates that don't."""
+    waiting, prompt, rows = engine_on("cuda", dtype), engine_on("cuda", dtype), examples()
+    prompt._graphs = None
+    with waiting.deferring():
+        for step in range(14):
+            batch, probes = rows[: (16, 9, 4)[step % 3]], TwoPoint(0, 1e-3).probes(step)
+            for engine in (waiting, prompt):
+                engine.losses(batch, probes)
+                engine.update([Record(step, probes[0].seed, 0.0, 0.0, 0.5, 1e-3, 1, len(batch))])
+            if step in (6, 12) and waiting.digest() != prompt.digest():
+                return False
+    assert waiting._keys is not None and waiting._keys.deferred is not None and waiting._graphs is not None
+    captured = sum(kept.graph is not None for kept in waiting._graphs._kept.values())
+    return captured == 3 and waiting.digest() == prompt.digest()
+
+
 def weights_untouched(dtype: torch.dtype) -> bool:
     engine = engine_on("cuda", dtype)
     before = engine.digest()
@@ -194,6 +211,20 @@ def both_signs(weights: torch.Tensor) -> tuple[Callable[[int], object], int]:
     return form, 3 * weights.nbytes
 
 
+def updated_and_both_signs(weights: torch.Tensor) -> tuple[Callable[[int], object], int]:
+    """The same with an update first."""
+    seeds, factors = gpu.seeds_on([1, 1], weights.device), torch.tensor([1e-3, -1e-3], device=weights.device)
+    pending, one = torch.ones(1, dtype=torch.int32, device=weights.device), torch.ones(1, device=weights.device)
+    update = gpu.Update(pending, gpu.seeds_on([2], weights.device), 1e-5 * one, one, False, STREAM + 1)
+    parts = weights.view(-1).chunk(8)
+
+    def form(_: int) -> None:
+        for i, part in enumerate(parts):
+            gpu.perturb(part, i * len(parts[0]), seeds, factors, STREAM, paired=True, update=update)
+
+    return form, 4 * weights.nbytes
+
+
 def copied(weights: torch.Tensor) -> tuple[Callable[[int], object], int]:
     """A copy."""
     other = torch.empty_like(weights)
@@ -231,9 +262,15 @@ def main() -> int:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for what, check in PER_TYPE.items():
             checks[f"{what}, {dtype}"] = functools.partial(check, dtype)
+        if dtype != torch.float32:
+            checks[f"deferred updates equal, {dtype}"] = functools.partial(deferred_equal, dtype)
         checks[f"low rank: replay equal on GPU and CPU, {dtype}"] = functools.partial(replays, dtype, (2, 6))
         checks[f"update, GB/s, {dtype}"] = functools.partial(bandwidth, updated, dtype)
         checks[f"both signs, GB/s, {dtype}"] = functools.partial(bandwidth, both_signs, dtype)
+        if dtype != torch.float32:
+            checks[f"update and both signs, GB/s, {dtype}"] = functools.partial(
+                bandwidth, updated_and_both_signs, dtype
+            )
     checks |= {
         "128 tensors in one launch equal": segments_equal,
         "losses within 1e-5": losses_close,

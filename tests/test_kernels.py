@@ -187,3 +187,69 @@ for probes, rows, size in ((2, 3, 64), (1, 5, 100), (3, 1, 7)):
     for b in (None, bias, bias[:1].expand(probes, -1)):
         assert (layers._norm_on_gpu(x, weight, b, 1e-5) - layers.layer_norm(x, weight, b, 1e-5)).abs().max() < 1e-5
 """)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("queries", [1, 2])
+def test_deferred_updates(dtype, queries):
+    """Updates that wait for the next pass leave the bits of updates that don't: tied embeddings, several passes of a
+    step, shared beginnings, evaluations and saves in between, and a pass that is interrupted."""
+    interpreted(
+        f"dtype, queries = torch.{dtype}, {queries}"
+        + """
+import copy
+from transformers import OPTConfig, OPTForCausalLM
+from mezo.engines.torch import dense
+from mezo.engines.torch.dense import ProbeKeys
+from mezo.engines.torch.engine import TorchEngine
+from mezo.estimator import Record, TwoPoint
+from mezo.objective import Example, Target, TokenSequence, batch_loss
+dense._LINEAR_BLOCK_GPU = (64 * 16, 64 * 16)  # a layer of two blocks
+torch.manual_seed(0)
+config = OPTConfig(hidden_size=16, word_embed_proj_dim=16, ffn_dim=128, num_hidden_layers=1, num_attention_heads=2,
+                   vocab_size=40, max_position_embeddings=20)
+model = OPTForCausalLM(config).eval().requires_grad_(True).to(dtype)
+def engine_with(deferring):
+    class Tokenizer:
+        pad_token_id = 1
+    engine = TorchEngine(copy.deepcopy(model), Tokenizer(), weight_decay=0.1, train_batch_size=2)
+    engine._keys = ProbeKeys(engine.space, torch.device("cpu"))
+    engine._defers = deferring
+    return engine
+engines = [engine_with(True), engine_with(False)]
+rows = [[5 + n + i for i in range(4 + n)] for n in range(3)]
+examples = [Example((TokenSequence((*r, 2), (Target(len(r) - 1, 2, 0),)),), None) for r in rows]
+estimator = TwoPoint(0, 1e-1, num_queries=queries)
+def step(engine, number):
+    probes = estimator.probes(number)
+    losses = engine.losses(examples, probes)
+    outcomes = estimator.outcomes(probes, [batch_loss(examples, losses_N) for losses_N in losses])
+    engine.update([Record(number, *o, 1e-1, 0, 3, n, queries) for n, o in enumerate(outcomes)])
+    return losses
+start = engines[0].digest()
+for number in range(2):
+    assert torch.equal(*(step(engine, number) for engine in engines)), number
+deferred = engines[0]._keys.deferred
+layers = "q_proj k_proj v_proj out_proj fc1 fc2".split()
+assert {name.split(".")[-2] for name in deferred.names} == set(layers)
+waiting = [engine.space.parameters["model.decoder.layers.0.fc1.weight"].clone() for engine in engines]
+assert not torch.equal(*waiting) and len(deferred._left) > len(layers)
+assert torch.equal(*(engine.score(examples).logprobs_T for engine in engines)) and not deferred._left
+assert engines[0].digest() == engines[1].digest() != start
+step(engines[0], 2), step(engines[1], 2)
+taken, count = deferred.taken, itertools.count()
+def interrupted(block):
+    taken(block)
+    if next(count) == 3:
+        raise torch.OutOfMemoryError("injected")
+deferred.taken = interrupted
+losses = [engine.losses(examples, estimator.probes(3)) for engine in engines]
+assert next(count) == 4 and not deferred._left
+assert (losses[0] - losses[1]).abs().max() < 0.1
+for engine in engines:
+    engine.update([Record(3, 5, 0.0, 0.0, 0.5, 1e-1, 0, 3, n, queries) for n in range(queries)])
+assert deferred._left and engines[0].digest() == engines[1].digest()
+engines[0].update([Record(4, 5, 0.0, 0.0, 0.5, 1e-1, 0, 3)] * 3)  # of another number: at once
+assert not deferred._left
+"""
+    )

@@ -135,14 +135,15 @@ def run(options: BenchOptions) -> list[Measurement]:
     copies = copy_bandwidth(engine.model.device)
     times: dict[str, list[float]] = {name: [] for name in methods}
     peaks = dict.fromkeys(methods, 0.0)
-    for repeat in range(options.repeats + _WARM_UP):
-        for name, (method, _) in methods.items():
-            _reset_peak(engine.model.device)
-            seconds = timed(lambda method=method, repeat=repeat: method(repeat), engine.model.device)  # type: ignore[misc]
-            if repeat >= _WARM_UP:
-                times[name].append(seconds)
-                kept = engine.graph_bytes / 2**20 if name == "a step of mezo" else 0.0  # not counted as allocated
-                peaks[name] = max(peaks[name], _peak(engine.model.device) + kept)
+    with engine.deferring():
+        for repeat in range(options.repeats + _WARM_UP):
+            for name, (method, _) in methods.items():
+                _reset_peak(engine.model.device)
+                seconds = timed(lambda method=method, repeat=repeat: method(repeat), engine.model.device)  # type: ignore[misc]
+                if repeat >= _WARM_UP:
+                    times[name].append(seconds)
+                    kept = engine.graph_bytes / 2**20 if name == "a step of mezo" else 0.0  # not counted as allocated
+                    peaks[name] = max(peaks[name], _peak(engine.model.device) + kept)
     base = statistics.median(times["two plain forwards"])
     rows = []
     for name, (_, passes) in methods.items():

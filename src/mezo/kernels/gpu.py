@@ -10,7 +10,7 @@ import functools
 import importlib.util
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ _NORMALS = 8  # of a counter block
 _BLOCKS = 128  # counter blocks of a program: one for each thread
 REPEAT = 8  # times that a program of a large tensor does so
 _MANY = 1 << 21  # elements of a large tensor: enough for all of a GPU's processors
+_MANY_PIECES = 1 << 13  # pieces of tensors of which each is enough for one program
 PIECE = 1 << 16  # elements of a tensor that one row of a table covers; a multiple of what a program covers
 
 
@@ -44,6 +45,17 @@ def add_normals(out_RW: Tensor, base_RW: Tensor, scale: float, seed: int, stream
     return out_RW
 
 
+class Update(NamedTuple):
+    """An update that `perturb` makes first, all on the device: what `update_many` takes, of one tensor."""
+
+    pending_1: Tensor  # int32; if 0, the update has been made
+    seeds_R: Tensor  # int64, of each record; rounding is drawn with the first
+    factors_R: Tensor  # float32
+    keep_1: Tensor  # float32
+    decays: bool  # whether `keep` may be other than 1
+    rounding: int  # stream
+
+
 def perturb(
     base_N: Tensor,
     start: int,
@@ -53,6 +65,7 @@ def perturb(
     *,
     paired: bool,
     out: Tensor | None = None,
+    update: Update | None = None,
 ) -> Tensor:
     """`base + factor · z(seed)` of elements [start, start + N) under each probe, [P, N] of the base's type.
 
@@ -64,6 +77,7 @@ def perturb(
         stream: see `mezo.philox.stream_id`.
         paired: probes 2i and 2i + 1 have the same seed and opposite factors, so z is drawn once for both.
         out: memory to write into, of the base's type and at least P · N elements; new memory if not given.
+        update: made in place before; the base is bfloat16 or float16 then.
     """
     (num_probes,), width = seeds_P.shape, len(base_N)
     assert start % _NORMALS == 0 and width < 1 << 31
@@ -71,11 +85,16 @@ def perturb(
     out = base_N.new_empty(num_probes * width) if out is None else out[: num_probes * width]
     out_PN = out.view(num_probes, width)
     groups = -(-width // (_NORMALS * _BLOCKS * repeat))
+    arguments = (out_PN, base_N, start // _NORMALS, width, seeds_P, factors_P, _signed(stream))
+    sizes = {"PROBES": num_probes, "PAIRED": paired, "BLOCKS": _BLOCKS, "REPEAT": repeat, "enable_fp_fusion": False}
     with torch.cuda.device(base_N.device):
-        _kernels().perturb[(groups,)](
-            out_PN, base_N, start // _NORMALS, width, seeds_P, factors_P, _signed(stream), PROBES=num_probes,
-            PAIRED=paired, BLOCKS=_BLOCKS, REPEAT=repeat, enable_fp_fusion=False,
-        )  # fmt: skip
+        if update is None:
+            _kernels().perturb[(groups,)](*arguments, **sizes)
+        else:
+            _kernels().update_and_perturb[(groups,)](
+                *arguments, update.pending_1, update.seeds_R, update.factors_R, update.keep_1, len(update.seeds_R),
+                _signed(update.rounding), DECAYS=update.decays, IS_BFLOAT16=base_N.dtype == torch.bfloat16, **sizes,
+            )  # fmt: skip
     return out_PN
 
 
@@ -100,19 +119,21 @@ def piece_table(
     streams: Sequence[int],
     rounding_streams: Sequence[int],
     device: torch.device,
+    firsts: Sequence[int] | None = None,
 ) -> Tensor:
     """What `add_normals_many` and `update_many` read, int64 [pieces, 7] on the device.
 
     Tensors are cut into pieces of `PIECE` elements, so that one launch serves tensors of all sizes. A row holds the
     piece's address, a second address or a number, its size, the stream of z, its first element, the stream of
-    rounding and the tensor's number.
+    rounding and the tensor's number. Tensors that are parts of larger ones begin at elements `firsts` of those.
     """
     rows = []
     for tensor, (address, second, size) in enumerate(zip(addresses, seconds, sizes, strict=True)):
         stream, rounding = (_signed(s[tensor]) for s in (streams, rounding_streams))
         for start in range(0, size, PIECE):
             places = (address + start * item_sizes[0], second + start * item_sizes[1])
-            rows.append((*places, min(PIECE, size - start), stream, start, rounding, tensor))
+            first = start + (0 if firsts is None else firsts[tensor])
+            rows.append((*places, min(PIECE, size - start), stream, first, rounding, tensor))
     return torch.tensor(rows, dtype=torch.int64).view(-1, 7).to(device)
 
 
@@ -134,11 +155,16 @@ def segment_table(bases: Sequence[Tensor], outs: Sequence[Tensor], streams: Sequ
 
 
 def weight_table(
-    weights: Sequence[Tensor], decays: Sequence[bool], streams: Sequence[int], rounding_streams: Sequence[int]
+    weights: Sequence[Tensor],
+    decays: Sequence[bool],
+    streams: Sequence[int],
+    rounding_streams: Sequence[int],
+    firsts: Sequence[int] | None = None,
 ) -> Tensor:
-    """The table of bfloat16 or float16 tensors that `update_many` updates."""
+    """The table of bfloat16 or float16 tensors that `update_many` updates; for `firsts` see `piece_table`."""
     sizes, addresses = [w.numel() for w in weights], [w.data_ptr() for w in weights]
-    return piece_table(addresses, list(map(int, decays)), sizes, (2, 0), streams, rounding_streams, weights[0].device)
+    numbers = list(map(int, decays))
+    return piece_table(addresses, numbers, sizes, (2, 0), streams, rounding_streams, weights[0].device, firsts)
 
 
 def add_normals_many(table: Tensor, scale: float, seed: int) -> None:
@@ -163,11 +189,12 @@ def update_many(
         keep: factor of the weights that decay.
     """
     factors_TN = torch.tensor(factors, dtype=torch.float32, device=table.device)
+    parts = 1 if len(table) >= _MANY_PIECES else PIECE // (_NORMALS * _BLOCKS * REPEAT)
     with torch.cuda.device(table.device):
-        parts = PIECE // (_NORMALS * _BLOCKS * REPEAT)
         _kernels().update_many[(len(table) * parts,)](
             table, seeds_on(seeds, table.device), factors_TN, len(seeds), keep, DECAYS=keep != 1.0,
-            IS_BFLOAT16=dtype == torch.bfloat16, PARTS=parts, REPEAT=REPEAT, BLOCKS=_BLOCKS, enable_fp_fusion=False,
+            IS_BFLOAT16=dtype == torch.bfloat16, PARTS=parts, REPEAT=PIECE // (_NORMALS * _BLOCKS * parts),
+            BLOCKS=_BLOCKS, enable_fp_fusion=False,
         )  # fmt: skip
 
 

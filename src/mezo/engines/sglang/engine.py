@@ -15,6 +15,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +171,10 @@ class SGLangEngine:
         self._in_slots = ()
         if self._attached and len(self._unsent) >= _RECORDS_PER_COMMAND:
             self._send([])
+
+    def deferring(self) -> AbstractContextManager[None]:
+        """See `Engine.deferring`."""
+        return nullcontext()
 
     def save(self, folder: Path) -> None:
         """See `Engine.save`; the workers' masters must be the same bits."""

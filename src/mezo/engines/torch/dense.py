@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mezo import philox
 from mezo.engines.torch.buffer import ProbeBuffers
+from mezo.engines.torch.deferred import Block, DeferredUpdate, is_capturing
 from mezo.engines.torch.space import ParameterSpace, direction_rows
 from mezo.estimator import Probe
 from mezo.kernels import gpu
@@ -127,6 +128,21 @@ class ProbeKeys:
         self._dtypes = {p.dtype for p in space.parameters.values() if p.ndim == 2}
         self._kept: dict[int, Keys] = {}
         self._written: tuple[Probe, ...] = ()
+        # How the passes so far have read each parameter.
+        self.linear_blocks: set[Block] = set()
+        self.read_otherwise: set[str] = set()
+        self.deferred: DeferredUpdate | None = None
+
+    def defer(self, num_records: int, weight_decay: float) -> bool:
+        """Lets updates of this many records wait, if they can, now that a pass has shown who reads what."""
+        dtypes = {p.dtype for p in self._space.parameters.values()}
+        blocks = {block for block in self.linear_blocks if block.name not in self.read_otherwise}
+        if len(dtypes) != 1 or torch.float32 in dtypes or self._space.optimizer is not None:
+            return False
+        if not blocks or any(self._space.parameters[b.name].data_ptr() % 16 for b in blocks):
+            return False
+        self.deferred = DeferredUpdate(self._space, blocks, num_records, weight_decay, self._device)
+        return True
 
     def write(self, probes: Sequence[Probe]) -> Keys:
         """The keys of the probes; writes them unless they are those of the last call."""
@@ -160,30 +176,54 @@ class DenseOnGPU(Dense):
         self._block = keys.block
         self._paired = is_paired(probes)
         self._places = {name: place for place, name in enumerate(space.parameters)}
+        self._reads = keys
         self._keys = keys.write(probes)
+        self._captured: set[Block] = set()  # in a graph a block takes the update that is due where it is read first
 
     def rows(self, ids_PN: Tensor, weight: Tensor) -> Tensor:
         """See `Weights.rows`."""
-        name = self._read(weight)
+        name = self._read_otherwise(weight)
         factors_P = self._keys.factors_KP[self._places[name]]
         stream = philox.stream_id("direction", name)
         return gpu.perturb_rows(weight.detach(), ids_PN, self._keys.seeds_P, factors_P, stream)
 
     def whole(self, parameter: Tensor) -> Tensor:
         """See `Weights.whole`."""
-        whole_PN = self._under_probes(parameter, 0, parameter.numel(), None)
-        return whole_PN.view(self.num_probes, *parameter.shape)
+        self._read_otherwise(parameter)
+        return self._under_probes(parameter, 0, parameter.numel(), None).view(self.num_probes, *parameter.shape)
 
     def _formed(self, parameter: Tensor, start: int, stop: int) -> Sequence[Tensor]:
-        """See `Dense._formed`; in the same memory each time."""
-        return self._under_probes(parameter, start, stop, self._keys.scratch.view(parameter.dtype)).unbind()
+        """See `Dense._formed`; in the same memory each time, and with the update that is due."""
+        block = Block(self._read(parameter), start, stop)
+        self._reads.linear_blocks.add(block)
+        deferred, scratch = self._reads.deferred, self._keys.scratch.view(parameter.dtype)
+        update = None if deferred is None or block in self._captured else deferred.due(block)
+        formed_PN = self._under_probes(parameter, start, stop, scratch, update)
+        if update is not None and deferred is not None:
+            if is_capturing(parameter):
+                self._captured.add(block)
+            else:
+                deferred.taken(block)
+        return formed_PN.unbind()
 
-    def _under_probes(self, parameter: Tensor, start: int, stop: int, out: Tensor | None) -> Tensor:
+    def _read_otherwise(self, parameter: Tensor) -> str:
         name = self._read(parameter)
+        self._reads.read_otherwise.add(name)
+        deferred = self._reads.deferred
+        if deferred is not None and name in deferred.names:
+            if is_capturing(parameter):
+                raise RuntimeError(f"{name} is read in another way than before")
+            deferred.settle()
+        return name
+
+    def _under_probes(
+        self, parameter: Tensor, start: int, stop: int, out: Tensor | None, update: gpu.Update | None = None
+    ) -> Tensor:
+        name = self._names[id(parameter)]
         theta_N = parameter.detach().view(-1)[start:stop]
         seeds_P, factors_KP, _ = self._keys
         factors_P, stream = factors_KP[self._places[name]], philox.stream_id("direction", name)
-        return gpu.perturb(theta_N, start, seeds_P, factors_P, stream, paired=self._paired, out=out)
+        return gpu.perturb(theta_N, start, seeds_P, factors_P, stream, paired=self._paired, out=out, update=update)
 
 
 class Copies:

@@ -11,8 +11,8 @@ import gc
 import inspect
 import logging
 import math
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,6 +29,7 @@ from mezo.adapter import canonical_name
 from mezo.engines.base import Loss, Work
 from mezo.engines.torch.batch import Padded, Reads, target_scores
 from mezo.engines.torch.buffer import ProbeBuffers
+from mezo.engines.torch.deferred import DeferredUpdate
 from mezo.engines.torch.dense import Copies, Dense, DenseOnGPU, ProbeKeys, is_paired
 from mezo.engines.torch.generation import generate
 from mezo.engines.torch.graphs import Graphs, Shape, StaticInputs
@@ -47,10 +48,12 @@ from mezo.objective import Example, TargetScores, TokenSequence, common_prefix, 
 logger = logging.getLogger(__name__)
 
 _COPY_BYTES = 1 << 30  # memory of a GPU for whole copies of a small model's parameters
-# A pass of fewer floating-point operations is launched as a CUDA graph: a GPU needs 0.1 to 1 s for more.
-_STATIC_FLOPS = 1e14
+# A pass of fewer floating-point operations is launched as a CUDA graph: a GPU needs 0.2 to 2 s for more.
+_STATIC_FLOPS = 2e14
 # A pass of as many tokens and floating-point operations fills a GPU; more of both at once are no faster.
 _FILLING_TOKENS, _FILLING_FLOPS = 4096, 5e12
+# A pass is not shorter than about a millisecond, in which a GPU does as many floating-point operations.
+_LAUNCH_FLOPS, _LAUNCH_FLOPS_FLOAT32 = 5e11, 5e10
 
 
 class Past(NamedTuple):
@@ -115,6 +118,7 @@ class TorchEngine:
         self.eval_batch_size = eval_batch_size
         self._transformer: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model
         self._checked_reads = False
+        self._defers = False  # updates may wait for the next pass
         self._most_tokens: float = math.inf  # rows × longest row that fit into memory in one pass, as far as known
         self._share = share
         self._store = TensorStore(store_bytes if share else 0, store_device or model.device)
@@ -172,6 +176,7 @@ class TorchEngine:
     @torch.no_grad()
     def score(self, examples: Sequence[Example]) -> TargetScores:
         """See `Engine.score`."""
+        self._settle()
         parts: dict[int, TargetScores] = {}
         computed, padding = self.work.computed, self.work.padding
         for group_G in self._groups(examples, self.eval_batch_size):
@@ -188,6 +193,7 @@ class TorchEngine:
         self, prompts: Sequence[tuple[int, ...]], probes: Sequence[Probe], max_new_tokens: int, stop: str | None
     ) -> list[list[str]]:
         """See `Engine.generate`."""
+        self._settle()
         found = []
         for some in self._together(probes):
             with self._perturbed(some):
@@ -204,11 +210,41 @@ class TorchEngine:
 
     def update(self, records: Sequence[Record]) -> None:
         """See `Engine.update`."""
-        (self._low_rank or self.space).update(records, self.weight_decay)
+        deferred = self._deferred_for(len(records))
+        if deferred is not None:
+            deferred.put_off(records)
+        else:
+            self._settle()
+            (self._low_rank or self.space).update(records, self.weight_decay)
         self._changed()
+
+    @contextmanager
+    def deferring(self) -> Iterator[None]:
+        """See `Engine.deferring`."""
+        self._defers = True
+        try:
+            yield
+        finally:
+            self._defers = False
+            self._settle()
+
+    def _deferred_for(self, num_records: int) -> DeferredUpdate | None:
+        """Where an update waits for the next pass, if it may and can: dense directions in 16 bits on a GPU."""
+        keys = self._keys
+        if not self._defers or keys is None or not self._checked_reads:
+            return None
+        if keys.deferred is None and keys.defer(num_records, self.weight_decay) and self._graphs is not None:
+            self._graphs.clear()  # captured without it
+        return keys.deferred if keys.deferred is not None and keys.deferred.num_records == num_records else None
+
+    def _settle(self) -> None:
+        """Makes the update that waits."""
+        if self._keys is not None and self._keys.deferred is not None:
+            self._keys.deferred.settle()
 
     def save(self, folder: Path) -> None:
         """See `Engine.save`."""
+        self._settle()
         if isinstance(self.model, PeftModel):
             self.model.save_pretrained(str(folder), save_embedding_layers=False)
         elif self._low_rank is None or self._low_rank.is_folded:
@@ -241,10 +277,13 @@ class TorchEngine:
                 self.space.parameters[name].copy_(parameter)
         if self._low_rank is not None:
             self._low_rank.reset()
+        if self._keys is not None and self._keys.deferred is not None:
+            self._keys.deferred.all_taken()
         self._changed()
 
     def digest(self) -> str:
         """See `Engine.digest`. Covers what is saved, frozen parts of a fresh head included."""
+        self._settle()
         if isinstance(self.model, PeftModel):
             return tensors_digest(get_peft_model_state_dict(self.model, save_embedding_layers=False))
         if self._low_rank is not None:
@@ -307,6 +346,7 @@ class TorchEngine:
         if self._copies is not None and moved:
             return Copies(self.space, self._copies, probes)
         if not moved:
+            self._settle()
             return None
         return Dense(self.space, probes) if self._keys is None else DenseOnGPU(self.space, self._keys, probes)
 
@@ -317,7 +357,9 @@ class TorchEngine:
             part = examples[first : first + batch_size]
             shapes = [(len(e.sequences), max(len(s.input_ids) - s.adapter_start for s in e.sequences)) for e in part]
             most_tokens = min(self._most_tokens, self._most_tokens_of(num_probes, shapes))
-            parts = length_groups(shapes, self._pass_cost, most_tokens, self._group_step(shapes, most_tokens))
+            parts = length_groups(
+                shapes, self._cost_of_pass(num_probes), most_tokens, self._group_step(shapes, most_tokens)
+            )
             groups += [[first + n for n in group] for group in parts]
         return groups
 
@@ -348,6 +390,13 @@ class TorchEngine:
         """What one more forward pass costs, in tokens: a dense direction is drawn anew in each."""
         return 100 if isinstance(self.model, PeftModel) else 500
 
+    def _cost_of_pass(self, num_probes: int) -> int:
+        """The same in tokens of one probe; on a GPU a small model's pass takes as long as launching its kernels."""
+        if self._graphs is None:
+            return self._pass_cost
+        flops = _LAUNCH_FLOPS_FLOAT32 if self.model.dtype == torch.float32 else _LAUNCH_FLOPS
+        return max(self._pass_cost, int(min(_FILLING_TOKENS, flops / self._pass_flops) / num_probes))
+
     def _fitting(self, examples: Sequence[Example], probes: Sequence[Probe], *, greedy: bool) -> list[TargetScores]:
         """`_scores`, in halves where memory does not hold them at once; later passes are cut to what did not fit."""
         before = (self.work.computed, self.work.padding)
@@ -357,6 +406,7 @@ class TorchEngine:
             if not is_out_of_memory(error):
                 raise
         # Outside the handler, whose traceback holds the pass's tensors.
+        self._settle()
         self.work.computed, self.work.padding = before
         if self._graphs is not None:
             self._graphs.clear()
@@ -381,7 +431,7 @@ class TorchEngine:
             return self._scores_activated(sequences, probes, greedy)
         stages = [Stage([s.input_ids for s in sequences], list(range(len(sequences))), [0] * len(sequences))]
         if self._share and self._is_decoder and not self._has_prefix and self._frozen is None:
-            stages = shared_prefixes(examples, self._pass_cost)
+            stages = shared_prefixes(examples, self._cost_of_pass(len(probes)))
         if len(stages) == 1 and not greedy and self._is_static(stages[0], probes):
             self.work.computed += len(probes) * stages[0].num_tokens
             return self._read_static(stages[0], sequences, probes, greedy)
@@ -460,7 +510,13 @@ class TorchEngine:
             logits_QV = logits[row_Q] if logits.ndim == 2 else logits[0]
             return static.reads.scores(logits_QV, len(probes), greedy=greedy)
 
-        return target_scores(self._graphs.run(shape, forward), len(reads.token_T))
+        deferred = None if self._keys is None else self._keys.deferred
+        if deferred is not None:
+            deferred.settle(partly=True)
+        scores = self._graphs.run(shape, forward)
+        if deferred is not None and self._graphs.is_captured(shape):
+            deferred.all_taken()
+        return target_scores(scores, len(reads.token_T))
 
     def _prompts(self, sequences: Sequence[TokenSequence]) -> list[Tensor]:
         """Keys and values [L, 2, H, S, D] of each row's tokens before the adapter acts, from the store if there."""
@@ -476,7 +532,7 @@ class TorchEngine:
         for first in range(0, len(missing), self.train_batch_size):
             keys = missing[first : first + self.train_batch_size]
             common = min(common_prefix(keys), len(keys[0]) - 1) if self._share else 0
-            if common * (len(keys) - 1) <= self._pass_cost:
+            if common * (len(keys) - 1) <= self._cost_of_pass(1):
                 common = 0
             beginning = [Stage([keys[0][:common]], [0], [0])] if common else []
             rest = Stage([key[common:] for key in keys], [0] * len(keys), [common] * len(keys))

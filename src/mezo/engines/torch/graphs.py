@@ -192,6 +192,10 @@ class Graphs:
         self._kept.move_to_end(shape)
         return self._kept[shape].static
 
+    def is_captured(self, shape: Shape) -> bool:
+        """Whether the bucket's pass is a graph by now."""
+        return self._kept[shape].graph is not None
+
     def run(self, shape: Shape, forward: Callable[[StaticInputs], Tensor]) -> Tensor:
         """The output of `forward` on the bucket's inputs, to be read before the next run.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -37,7 +37,7 @@ class ParameterSpace:
     # Norms of the last direction only: both probes of a step and its update ask for the same seed.
     _norms: dict[int, dict[str, float]] = field(default_factory=dict, repr=False, compare=False)
     _segments: philox.Segments | None = field(default=None, repr=False, compare=False)
-    _table: Tensor | None = field(default=None, repr=False, compare=False)
+    _tables: dict[tuple[str, ...], Tensor] = field(default_factory=dict, repr=False, compare=False)
     _gradient: tuple[Tensor, philox.Segments] | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -65,11 +65,16 @@ class ParameterSpace:
             norms[name] = direction_norm(seed, name, self.parameters[name].numel(), self.parameters[name].device)
         return width / norms[name]
 
-    def update(self, records: Sequence[Record], weight_decay: float) -> None:
+    def factors(self, name: str, records: Sequence[Record]) -> list[float]:
+        """What z of each record is multiplied by in the update of this tensor: −lr · coefficient, and its scale."""
+        return [-r.learning_rate * r.coefficient * self.scale(name, r.seed) for r in records]
+
+    def update(self, records: Sequence[Record], weight_decay: float, names: Collection[str] | None = None) -> None:
         """θ ← (1 − lr · weight_decay) θ − lr · Σ coefficient · z for one step's records, one per direction.
 
         Decay is decoupled and skips vectors (biases and norms). The sum is taken in float32; bfloat16 and float16
-        weights are rounded stochastically, so that changes far below their rounding step add up.
+        weights are rounded stochastically, so that changes far below their rounding step add up. `names` says which
+        parameters, where they are bfloat16 or float16; all if not given.
         """
         learning_rate = records[0].learning_rate
         if self.optimizer is not None:
@@ -78,11 +83,12 @@ class ParameterSpace:
         if all(p.dtype == torch.float32 for p in self.parameters.values()):
             self._update_float32(records, 1.0 - learning_rate * weight_decay)
             return
-        if self._update_rounded(records, 1.0 - learning_rate * weight_decay):
+        chosen = self.parameters if names is None else {name: self.parameters[name] for name in names}
+        if self._update_rounded(chosen, records, 1.0 - learning_rate * weight_decay):
             return
-        for name, parameter in self.parameters.items():
+        for name, parameter in chosen.items():
             keep = 1.0 - learning_rate * weight_decay if parameter.ndim >= 2 else 1.0
-            factors = [learning_rate * r.coefficient * self.scale(name, r.seed) for r in records]
+            factors = self.factors(name, records)
             stream = philox.stream_id("direction", name)
             flat_N = parameter.detach().view(-1)
             for start, stop in chunks(flat_N.numel()):
@@ -90,7 +96,7 @@ class ParameterSpace:
                 if keep != 1.0:
                     weight_C.mul_(keep)
                 for record, factor in zip(records, factors, strict=True):
-                    philox.add_normals(weight_C, -factor, record.seed, stream, start, out_N=weight_C)
+                    philox.add_normals(weight_C, factor, record.seed, stream, start, out_N=weight_C)
                 if flat_N.dtype != torch.float32:
                     _store_rounded(flat_N[start:stop], weight_C, records[0].seed, name, start)
 
@@ -102,26 +108,23 @@ class ParameterSpace:
             tensors = list(self.parameters.values())
             self._segments = philox.Segments(tensors, tensors, self.streams())
         for record in records:
-            factor = record.learning_rate * record.coefficient
-            self._segments.add_normals(
-                [-factor * self.scale(name, record.seed) for name in self.parameters], record.seed
-            )
+            self._segments.add_normals([self.factors(name, [record])[0] for name in self.parameters], record.seed)
 
-    def _update_rounded(self, records: Sequence[Record], keep: float) -> bool:
+    def _update_rounded(self, chosen: Mapping[str, Tensor], records: Sequence[Record], keep: float) -> bool:
         """The same bits in one launch on a GPU, if all parameters are bfloat16 or all float16."""
-        tensors = list(self.parameters.values())
+        tensors = list(chosen.values())
+        if not tensors:
+            return True
         if not (tensors[0].is_cuda and gpu_kernels.enabled() and len({p.dtype for p in tensors}) == 1):
             return False
         if any(p.data_ptr() % 16 for p in tensors):
             return False
-        if self._table is None:
-            rounding = [philox.stream_id("rounding", name) for name in self.parameters]
-            decays = [p.ndim >= 2 for p in tensors]
-            self._table = gpu_kernels.weight_table(tensors, decays, self.streams(), rounding)
-        factors = [
-            [-r.learning_rate * r.coefficient * self.scale(name, r.seed) for r in records] for name in self.parameters
-        ]
-        gpu_kernels.update_many(self._table, tensors[0].dtype, [r.seed for r in records], factors, keep)
+        key = tuple(chosen)
+        if key not in self._tables:
+            streams, rounding = ([philox.stream_id(of, name) for name in chosen] for of in ("direction", "rounding"))
+            self._tables[key] = gpu_kernels.weight_table(tensors, [p.ndim >= 2 for p in tensors], streams, rounding)
+        factors = [self.factors(name, records) for name in chosen]
+        gpu_kernels.update_many(self._tables[key], tensors[0].dtype, [r.seed for r in records], factors, keep)
         return True
 
     def _update_by(self, optimizer: Optimizer, records: Sequence[Record], keep: float) -> None:
