@@ -44,9 +44,17 @@ OPT = {
     "opt-1.3b": {"hidden_size": 2048, "ffn_dim": 8192, "num_hidden_layers": 24, "num_attention_heads": 32},
     "tiny": {"hidden_size": 64, "ffn_dim": 128, "num_hidden_layers": 2, "num_attention_heads": 4},
 }
+VOCABULARY = 50272  # OPT's
+ALORA: dict[str, Any] = {"use_peft": True, "lora_variant": "alora", "alora_invocation_tokens": INVOCATION}
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def make_examples(setting: tuple[int, int, int, int, bool], vocabulary: int) -> list[Example]:
+class NoTokenizer:
+    pad_token_id = 1
+
+
+def make_examples(setting: tuple[int, int, int, int, bool], vocabulary: int, shorter: int = 0) -> list[Example]:
+    """Random rows; each example's prompt is `shorter` tokens shorter than the one's before."""
     count, options, common, own, activated = setting
     generator = random.Random(0)
 
@@ -55,8 +63,8 @@ def make_examples(setting: tuple[int, int, int, int, bool], vocabulary: int) -> 
 
     beginning = ids(common)
     examples = []
-    for _ in range(count):
-        prompt = [*beginning, *ids(own - 1), *INVOCATION]
+    for n in range(count):
+        prompt = [*beginning, *ids(own - 1 - n * shorter), *INVOCATION]
         rows = []
         for option in range(options):
             answer = ids(ANSWER)
@@ -119,8 +127,7 @@ def make_weights(folder: str) -> None:
     """Random bfloat16 weights beside the folder's configuration."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with device:
+    with DEVICE:
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.bfloat16)
     model.save_pretrained(folder)
     del model
@@ -128,28 +135,52 @@ def make_weights(folder: str) -> None:
         torch.cuda.empty_cache()
 
 
-def on_sglang(shape: str, names: list[str], repeats: int, random_weights: bool) -> list[dict[str, str]]:
+def start_sglang(config: MeZOConfig, *, dummy: bool) -> Any:
+    """The client of an SGLang with `dummy` weights or those in the model's folder."""
     from mezo.engines.sglang.build import adapter_on_meta, engine_arguments
     from mezo.engines.sglang.client import Colocated
-    from mezo.engines.sglang.engine import SGLangEngine
 
-    folder = make_folder(shape)
-    if random_weights:
-        make_weights(folder)
-    config = MeZOConfig(
-        model_name_or_path=folder, use_peft=True, engine="sglang", lora_variant="alora",
-        alora_invocation_tokens=INVOCATION,
-    )  # fmt: skip
-    adapter = adapter_on_meta(config)
     more: dict[str, object] = {"skip_tokenizer_init": True}
-    if not random_weights:
+    if dummy:
         more["load_format"] = "dummy"
     if torch.cuda.is_available():
         more |= {"attention_backend": "triton", "sampling_backend": "pytorch", "grammar_backend": "none"}
     else:
         more |= {"max_total_tokens": 262144, "mem_fraction_static": 0.1}
-    client = Colocated({**engine_arguments(config, adapter, 2), **more})
-    engine = SGLangEngine([client], adapter, None)  # type: ignore[arg-type]
+    return Colocated({**engine_arguments(config, adapter_on_meta(config), 2), **more})
+
+
+def sglang_engine(client: Any, config: MeZOConfig) -> Any:
+    """An engine there, with the adapter at its initial values."""
+    from mezo.engines.sglang.build import adapter_on_meta
+    from mezo.engines.sglang.engine import SGLangEngine
+
+    return SGLangEngine([client], adapter_on_meta(config), None)  # type: ignore[arg-type]
+
+
+def make_opt(shape: str, **more: float) -> Any:
+    """An OPT with random weights, in bfloat16 on a GPU; `more` goes into its configuration."""
+    from transformers import OPTConfig, OPTForCausalLM
+
+    config = OPTConfig(**OPT[shape], word_embed_proj_dim=OPT[shape]["hidden_size"], vocab_size=VOCABULARY, **more)
+    with DEVICE:
+        model = OPTForCausalLM._from_config(config, dtype=torch.bfloat16 if DEVICE.type == "cuda" else None)
+    return model.eval().requires_grad_(False)
+
+
+def with_adapter(model: Any) -> Any:
+    """The model with an adapter whose examples say from where on it acts."""
+    from mezo.adapter import add_adapter
+
+    return add_adapter(model, MeZOConfig(model_name_or_path="random", **ALORA), "causal_lm").to(DEVICE)
+
+
+def on_sglang(shape: str, names: list[str], repeats: int, random_weights: bool) -> list[dict[str, str]]:
+    folder = make_folder(shape)
+    if random_weights:
+        make_weights(folder)
+    config = MeZOConfig(model_name_or_path=folder, engine="sglang", **ALORA)
+    engine = sglang_engine(start_sglang(config, dummy=not random_weights), config)
 
     def share(on: bool) -> None:
         engine._share_prefixes = on
@@ -161,27 +192,15 @@ def on_sglang(shape: str, names: list[str], repeats: int, random_weights: bool) 
 
 
 def on_torch(shape: str, names: list[str], repeats: int, random_weights: bool) -> list[dict[str, str]]:
-    from transformers import OPTConfig, OPTForCausalLM
-
-    from mezo.adapter import add_adapter
     from mezo.engines.torch.engine import TorchEngine
     from mezo.engines.torch.reuse import TensorStore
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model_config = OPTConfig(**OPT[shape], word_embed_proj_dim=OPT[shape]["hidden_size"], vocab_size=50272)
-    with device:
-        model = OPTForCausalLM._from_config(model_config, dtype=torch.bfloat16 if device.type == "cuda" else None)
-    config = MeZOConfig(
-        model_name_or_path="random", use_peft=True, lora_variant="alora", alora_invocation_tokens=INVOCATION
-    )
-    adapted = add_adapter(model.eval().requires_grad_(False), config, "causal_lm").to(device)
-    tokenizer = type("Tokenizer", (), {"pad_token_id": 1})
-    engine = TorchEngine(adapted, tokenizer)  # type: ignore[arg-type]
+    engine = TorchEngine(with_adapter(make_opt(shape)), NoTokenizer())  # type: ignore[arg-type]
 
     def share(on: bool) -> None:
-        engine._share, engine._store = on, TensorStore(4_000_000_000 if on else 0, device)
+        engine._share, engine._store = on, TensorStore(4_000_000_000 if on else 0, DEVICE)
 
-    return measure(engine, share, names, 50272, repeats)
+    return measure(engine, share, names, VOCABULARY, repeats)
 
 
 def main() -> None:

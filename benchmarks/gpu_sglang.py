@@ -49,9 +49,11 @@ SHAPES = {
 ROWS_AND_TOKENS = [(16, 128), (16, 400), (64, 128)]
 
 
-def make_folder(shape: str) -> str:
+def make_folder(shape: str, **more: float) -> str:
+    """A folder with the shape's configuration and no weights; `more` goes into the configuration."""
     folder = Path(tempfile.mkdtemp())
     config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "bfloat16", **SHAPES[shape]}
+    config |= more
     (folder / "config.json").write_text(json.dumps({**config, "bos_token_id": 0, "eos_token_id": 1}))
     return str(folder)
 
@@ -63,6 +65,15 @@ def make_examples(rows: int, tokens: int, vocabulary: int) -> list[Example]:
         targets = tuple(Target(p, ids[p + 1], 0) for p in range(tokens - ANSWER - 1, tokens - 1))
         examples.append(Example((TokenSequence(tuple(ids), targets),)))
     return examples
+
+
+def same_in_workers(engine: SGLangEngine) -> bool:
+    """Whether the adapter in the workers has the bits of the journal's."""
+    engine._send([])
+    engine._catch_up()
+    (client,) = engine._clients
+    client.command({"op": "digest", "owner": engine._owner})
+    return bool(worker_state(client)["digest"] == engine.space.digest())
 
 
 def timed(functions: dict[str, Callable[[], None]], repeats: int) -> dict[str, list[float]]:
@@ -128,10 +139,7 @@ def main() -> None:
     rows = [{"what": "start of the engine", "unit": "s", "median": f"{time.perf_counter() - started:.1f}"}]
     engine = SGLangEngine([client], adapter, None)  # type: ignore[arg-type]
     rows += measure(client, engine, SHAPES[options.shape]["vocab_size"], options.repeats)
-    engine._send([])
-    client.command({"op": "digest", "owner": engine._owner})
-    engine._catch_up()
-    same = worker_state(client)["digest"] == engine.space.digest()
+    same = same_in_workers(engine)
     engine.close()
     facts = {"model": options.shape, "tp": options.tp, "sglang": versions.installed(), **provenance()}
     print(f"{'PASS' if same else 'FAIL'}  adapter in the workers = adapter of the journal")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_sglang import same_in_workers
 from provenance import provenance
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers import logging as transformers_logging
@@ -23,7 +24,7 @@ from mezo.adapter import add_adapter
 from mezo.config import MeZOConfig
 from mezo.engines.sglang import versions
 from mezo.engines.sglang.build import adapter_on_meta, engine_arguments
-from mezo.engines.sglang.client import Client, Colocated, worker_state
+from mezo.engines.sglang.client import Client, Colocated
 from mezo.engines.sglang.engine import SGLangEngine
 from mezo.engines.torch.engine import TorchEngine
 from mezo.estimator import Record, TwoPoint
@@ -138,10 +139,7 @@ def main() -> None:
         records = [Record(step, *outcome, LEARNING_RATE, 0, len(examples))]
         reference.update(records)
         sglang.update(records)
-    sglang._send([])
-    client.command({"op": "digest", "owner": sglang._owner})
-    sglang._catch_up()
-    same = worker_state(client)["digest"] == sglang.space.digest()
+    same = same_in_workers(sglang)
     apart = max(
         (a.cpu() - b).abs().max().item()
         for a, b in zip(reference.space.parameters.values(), sglang.space.parameters.values(), strict=True)
