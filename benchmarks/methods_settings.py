@@ -30,6 +30,8 @@ TASKS: dict[str, dict[str, Any]] = {
         "label_words": {"entailment": "yes", "not_entailment": "no"},
     },
 }  # fmt: skip
+# Scalars that a model trains: all of them, and LoRA of rank 8 on queries and values.
+TRAINED = {"minilm-mlm": (22_744_506, 73_728), "reviews-llama": (29_893_120, 131_072)}
 LORA = {"use_peft": True, "lora_r": 8, "lora_alpha": 16.0}
 LOW_RANK = {"direction": "low_rank", "direction_rank": 2, "direction_refresh_steps": 50}
 FIRST_ORDER = "first order"

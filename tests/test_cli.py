@@ -50,7 +50,7 @@ class Finished(NamedTuple):
 def run_cli(capsys, *arguments):
     """`mezo ARGUMENTS` in this process, which is left as it was: the command quietens loggers and progress bars."""
     logger = logging.getLogger("mezo")
-    before = logger.handlers, logger.propagate
+    before, level = (logger.handlers, logger.propagate), logger.level
     logger.handlers = []
     capsys.readouterr()
     status = 0
@@ -61,6 +61,7 @@ def run_cli(capsys, *arguments):
         status = int(exit_request.code or 0)
     finally:
         logger.handlers, logger.propagate = before
+        logger.setLevel(level)
         transformers_logging.enable_progress_bar()
         transformers_logging.set_verbosity_warning()
         datasets.enable_progress_bars()
@@ -229,6 +230,20 @@ def test_merge_and_replay_refuse_what_they_cannot_do(capsys, model_folder, tmp_p
     assert {p: p.stat().st_mtime_ns for p in run.rglob("*")} == kept
     assert not (tmp_path / "merged").exists()
     assert not (tmp_path / "w").exists()
+
+
+def test_warnings_are_shown_where_the_root_logger_was_quietened(capsys, model_folder, tmp_path, jsonl):
+    """As SGLang does when it is started in this process."""
+    data = jsonl([row for row in SENTIMENT_ROWS if row["label"]])
+    root = logging.getLogger()
+    before = root.level
+    root.setLevel(logging.ERROR)
+    try:
+        arguments = train_arguments(model_folder("llama"), data, tmp_path / "run", *PROMPTED, *LORA, steps=1)
+        finished = run_cli(capsys, *arguments)
+    finally:
+        root.setLevel(before)
+    assert "mezo: no training row has label 0" in finished.err
 
 
 # --- running a command again ------------------------------------------------------------------------------------------

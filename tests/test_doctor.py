@@ -326,6 +326,17 @@ def test_zeros_of_a_tiny_epsilon(tmp_path):
     assert found.advice == "--epsilon 0.001"
 
 
+@pytest.mark.parametrize("objective", ["accuracy", "f1"])
+def test_zeros_of_an_objective_that_counts(tmp_path, objective):
+    """Nothing is rounded and no factor is dead: as many answers are right on both sides."""
+    run = Numbers(config={"objective": objective, "use_peft": True, "epsilon": 1e-2}, kind="causal_lm")
+    run.apart_SQ[::4] = 0
+    found = only(run.write(tmp_path), "numbers", "warning")
+    assert "exactly 0 in 25 % of directions" in found.evidence
+    assert found.evidence.endswith(f": both sides come to the same {objective}.")
+    assert found.advice == "Larger batches: --gradient_accumulation_steps 4; or --epsilon 0.1"
+
+
 @pytest.mark.parametrize(
     ("config", "scale", "severity", "advice"),
     [({}, 1e-5, "problem", "--epsilon 0.01"), ({"epsilon": 1e-7}, 1e-5, "problem", "--epsilon 0.001"),

@@ -36,7 +36,8 @@ def wheel(tmp_path_factory):
 def test_what_a_wheel_holds(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     assert wheel.name.startswith(f"mezo-{mezo.__version__}-py3-none-any")
-    assert {"mezo/py.typed", "mezo/kernels/_gpu_triton.py", *(f"mezo/tasks/{n}.yaml" for n in task_names())} <= names
+    assert {"mezo/py.typed", "mezo/auto.yaml", "mezo/kernels/_gpu_triton.py"} <= names
+    assert {f"mezo/tasks/{n}.yaml" for n in task_names()} <= names
     tops = {name.split("/")[0] for name in names}
     assert tops == {"mezo", f"mezo-{mezo.__version__}.dist-info"}
     assert not any(name.endswith((".jsonl", ".csv", ".safetensors", ".png", ".nbc")) for name in names)

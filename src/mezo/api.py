@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from mezo import checkpoint, journal
 from mezo.activation import activate, invocation_tokens
 from mezo.adapter import add_adapter
+from mezo.auto import size_warning
 from mezo.blackbox import RewardFunction, Rewards, load_reward, make_rewards, reward_names
 from mezo.config import GENERATING, MeZOConfig, looks_like_wrong_rate
 from mezo.data import Row, TrainData, draw_demonstrations, load_demonstrations, load_splits, load_test_rows
@@ -39,15 +40,17 @@ from mezo.tasks import load_task
 from mezo.trainer import MeZOTrainer, TrainResult, make_estimator, mean_loss, reuse_entry
 
 logger = logging.getLogger(__name__)
+# Defaults of `mezo_finetune`, objects of their own: method auto knows by identity what a caller has not named.
+_LEARNING_RATE, _EPSILON = float("1e-6"), float("1e-3")
 
 
 def mezo_finetune(
     model_path: str,
     train_dataset: TrainData | None = None,
-    learning_rate: float = 1e-6,
+    learning_rate: float = _LEARNING_RATE,
     batch_size: int = 64,
     num_steps: int = 10_000,
-    epsilon: float = 1e-3,
+    epsilon: float = _EPSILON,
     normalize_perturbations: bool = False,
     lora_rank: int | None = None,
     weight_decay: float = 0.0,
@@ -64,10 +67,10 @@ def mezo_finetune(
     Args:
         model_path: folder or Hub name of a decoder language model or an encoder.
         train_dataset: file, Hub name, list of rows or `datasets.Dataset`; not needed with `task`.
-        learning_rate: constant learning rate of SGD.
+        learning_rate: constant learning rate of SGD, 1e-6; with `method="auto"` the measured one if not given.
         batch_size: examples per step.
         num_steps: steps; each is two forward passes.
-        epsilon: half the distance between the two evaluations.
+        epsilon: half the distance between the two evaluations, 1e-3; with `method="auto"` as `learning_rate`.
         normalize_perturbations: scale z of each tensor to unit norm.
         lora_rank: train LoRA of this rank (alpha 16) instead of all parameters.
         weight_decay: decoupled; biases and norms are skipped.
@@ -79,7 +82,7 @@ def mezo_finetune(
         reward_funcs: functions to maximise in place of minimising the loss, TRL's way:
             `reward(prompts, completions, **columns)` returns a number for each completion; or their names, see
             `MeZOConfig`. Rows need a prompt.
-        options: further fields of `MeZOConfig`: task, template, label_words, eval_steps, …
+        options: further fields of `MeZOConfig`: method, task, template, label_words, eval_steps, …
 
     Raises:
         UserError: options or data that cannot work.
@@ -99,6 +102,8 @@ def mezo_finetune(
         "output_dir": str(output_dir),
         "seed": seed,
     }
+    if options.get("method") == "auto":
+        values = {n: value for n, value in values.items() if value is not _LEARNING_RATE and value is not _EPSILON}
     if lora_rank is not None:
         values |= {"use_peft": True, "lora_r": lora_rank, "lora_alpha": 16.0}
     named_funcs = [reward_funcs] if callable(reward_funcs) or isinstance(reward_funcs, str) else list(reward_funcs)
@@ -179,6 +184,8 @@ def build_trainer(
         engine, model_digest = _trainable_engine(config, encoder.kind, encoder.labels, tokenizer)
     else:
         model_digest = checkpoint_digest(config.model_name_or_path, config.model_revision)
+    if config.method == "auto":
+        _check_size(config, engine.num_parameters())
     header = make_header(
         config,
         objective=encoder.name,
@@ -243,6 +250,13 @@ def _check_metric(config: MeZOConfig, examples: Sequence[Example] | None) -> Non
         raise UserError("metric_for_best_model reward needs objective reward")
     if metric in ("f1", "exact_match") and all(e.question is None for e in examples or ()):
         raise UserError(f"metric_for_best_model {metric} needs evaluation rows with answers to generate")
+
+
+def _check_size(config: MeZOConfig, num_parameters: int) -> None:
+    """Warns where method auto's learning rate was measured at other sizes."""
+    warning = size_warning(config.to_dict(), num_parameters)
+    if warning is not None:
+        logger.warning("%s", warning)
 
 
 def make_engine(

@@ -4,16 +4,35 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from mezo import auto
 from mezo.errors import UserError
 from mezo.names import unknown_key_message
 
+_Config = TypeVar("_Config")
 
+
+def _refuses_auto(cls: type[_Config]) -> type[_Config]:
+    """Has the constructor refuse method auto without all that it sets: defaults would hide what is named."""
+    init = cls.__init__
+
+    @functools.wraps(init)
+    def checked(self: _Config, **named: object) -> None:
+        if named.get("method") == "auto" and not named.keys() >= set(auto.OPTIONS):
+            raise UserError("method auto is resolved by MeZOConfig.from_dict, not by MeZOConfig: use that")
+        init(self, **named)
+
+    cls.__init__ = checked  # type: ignore[method-assign, assignment]
+    return cls
+
+
+@_refuses_auto
 @dataclass(frozen=True, kw_only=True)
 class MeZOConfig:
     """Everything that decides a run. Defaults are the paper's RoBERTa setting (arXiv 2305.17333, appendix E.3).
@@ -81,6 +100,10 @@ class MeZOConfig:
         trainable_layers: Train only these: `last:4` is the last four layers and the norm or classification head above
             them; anything else is a regular expression over parameter names. Layers below are computed once per row.
         num_virtual_tokens: Length of the prefix.
+        method: mezo is what the options say, as published if they say nothing; auto sets estimator, optimizer,
+            directions, epsilon and learning rate as measurements chose them for all parameters or LoRA, wherever an
+            option is not named (see docs/methods.md). It is resolved by `from_dict`, `mezo_finetune` and the command
+            line, which know what is named.
         output_dir: Folder of the run: journal, checkpoints, final weights, trainer_state.json.
         max_steps: Steps to train.
         per_device_train_batch_size: Examples in a forward pass.
@@ -185,6 +208,7 @@ class MeZOConfig:
     trainable_layers: str | None = None
     num_virtual_tokens: int = 5
 
+    method: Literal["mezo", "auto"] = "mezo"
     output_dir: str = "trainer_output"
     max_steps: int = 10_000
     per_device_train_batch_size: int = 64
@@ -305,13 +329,20 @@ class MeZOConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, object]) -> MeZOConfig:
-        """The config of `to_dict`; an unknown key is an error that names the nearest valid one."""
+        """The config of `to_dict`, or of the options that are named; method auto sets others beside them.
+
+        Raises:
+            UserError: an unknown key, with the nearest valid one; values or combinations that cannot work.
+        """
         names = [f.name for f in dataclasses.fields(cls)]
         for key in values:
             if key not in names:
                 raise UserError(unknown_key_message(key, names))
         hints = get_type_hints(cls)
-        return cls(**{key: coerced(key, value, hints[key]) for key, value in values.items()})
+        named: dict[str, Any] = {key: coerced(key, value, hints[key]) for key, value in values.items()}
+        if named.get("method") == "auto":
+            named = {**{key: getattr(cls, key) for key in auto.OPTIONS}, **auto.resolved(named)}
+        return cls(**named)
 
 
 def coerced(name: str, value: object, hint: object) -> Any:
@@ -349,6 +380,8 @@ def looks_like_wrong_rate(config: MeZOConfig) -> str | None:
             "shorter by the square root of its size, and rates of about 1e-3 are usual"
         )
     adapter = config.use_peft
+    if config.method == "auto":
+        return None  # its rates belong to other estimators than the paper's
     if not config.normalize_perturbations and rate >= (1e-1 if adapter else 1e-3):
         return (
             f"learning_rate {rate:g} is far above the paper's for unnormalised directions (1e-6; adapters 1e-4 to 1e-2)"
@@ -373,6 +406,9 @@ def label_key(value: object) -> str:
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
+AUTO_OR_PRESET = "method auto and a preset both choose learning rate and options; leave one of them out"
+
+
 @dataclass(frozen=True)
 class Preset:
     """A setting of the paper: the learning rates it searches, and config values to start from."""
@@ -382,7 +418,13 @@ class Preset:
     values: Mapping[str, object]
 
     def config(self, **values: object) -> MeZOConfig:
-        """A config from this preset; `values` win over it. Starts from the middle of the learning-rate grid."""
+        """A config from this preset; `values` win over it. Starts from the middle of the learning-rate grid.
+
+        Raises:
+            UserError: as `MeZOConfig.from_dict`; or `values` have method auto.
+        """
+        if values.get("method") == "auto":
+            raise UserError(AUTO_OR_PRESET)
         middle = sorted(self.learning_rates)[len(self.learning_rates) // 2]
         return MeZOConfig.from_dict({"learning_rate": middle, **self.values, **values})
 

@@ -11,6 +11,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 import xxhash
 
+from mezo.auto import OPTIONS
 from mezo.config import MeZOConfig
 from mezo.errors import JournalError
 from mezo.journal import FORMAT_VERSION, JsonObject
@@ -85,9 +86,11 @@ def check_header(recorded: JsonObject, present: JsonObject, path: Path) -> None:
             raise JournalError(f"{path}: the journal's {key} is {recorded[key]}, this run's is {present[key]}")
     before, now = recorded["config"], present["config"]
     assert isinstance(before, dict) and isinstance(now, dict)
+    chosen = OPTIONS if before.get("method") == now.get("method") == "auto" else ()  # maybe by another version's table
     for key, value in before.items():
         if key not in _MAY_CHANGE and now.get(key) != value:
-            raise JournalError(f"{path}: the run was started with {key} {value!r}, now it is {now.get(key)!r}")
+            mend = f"; name {key} to go on" if key in chosen else ""
+            raise JournalError(f"{path}: the run was started with {key} {value!r}, now it is {now.get(key)!r}{mend}")
 
 
 # What a resumed run may set anew: nothing that decides losses, directions or updates of the remaining steps.
@@ -112,6 +115,7 @@ _MAY_CHANGE = frozenset(
         "enable_kv_cache_optimization",
         "kv_cache_gb",
         "kv_cache_device",
+        "method",
         "task",
         "num_demonstrations",
         "max_new_tokens",

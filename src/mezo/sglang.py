@@ -32,7 +32,7 @@ from mezo.engines.sglang.plugin import BASE_PREFIX, keep_tensors
 from mezo.engines.sglang.worker import Worker
 from mezo.engines.torch.engine import trained_parameters
 from mezo.errors import EngineError, UserError
-from mezo.trainer import TrainResult
+from mezo.trainer import TrainResult, make_estimator
 
 __all__ = ["MeZOConfig", "MeZOTrainer", "mezo_finetune"]
 
@@ -51,7 +51,8 @@ class MeZOTrainer:
             is exact. Off: each row computes everything.
         options: fields of `MeZOConfig`: learning_rate, max_steps, output_dir, …
 
-    The adapter as it was at the start is saved as `checkpoint-0`, because no seed makes it anew.
+    The runner needs slots (`max_loras_per_batch`) for all probes of a step, the adapter and the base model. The adapter
+    as it was at the start is saved as `checkpoint-0`, because no seed makes it anew.
     """
 
     def __init__(
@@ -97,6 +98,7 @@ class MeZOTrainer:
             [self._client],
             adapter,
             self._tokenizer,
+            num_probes=len(make_estimator(self.config).probes(0)),
             normalize_perturbations=self.config.normalize_perturbations,
             weight_decay=self.config.weight_decay,
             eval_batch_size=self.config.per_device_eval_batch_size,

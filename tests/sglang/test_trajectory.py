@@ -96,6 +96,18 @@ def test_in_process_trainer(name, reference, model_folder, tmp_path):
         assert_same_adapter(tmp_path / case / "checkpoint-0", start, moved=False)
 
 
+def test_in_process_with_several_directions(reference, model_folder, tmp_path):
+    """Three probes a step, one of them unperturbed."""
+    options = {"estimator": "fzoo", "num_queries": 2}
+    expected = reference("llama", num_steps=20, **options)
+    start = replay(expected, tmp_path / "start", step=0)
+    finish(start_job("in_process", model=model_folder("llama"), out=str(tmp_path), start=str(start), **options))
+    ours, theirs = (journal.read(folder / "journal").steps[0] for folder in (tmp_path / "shared", expected))
+    assert [r.seed for r in ours] == [r.seed for r in theirs]
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a.loss_plus, a.loss_minus) == pytest.approx((b.loss_plus, b.loss_minus), abs=LOSS_TOLERANCE)
+
+
 def test_no_stale_kv(reference, model_folder, tmp_path):
     """The cached losses are those computed anew, and freezing the cache's key would be seen."""
     out = tmp_path / "losses.json"

@@ -26,7 +26,7 @@ from mezo.cli.options import (
     ReplayOptions,
     TuneOptions,
 )
-from mezo.config import PRESETS, MeZOConfig, coerced, preset
+from mezo.config import AUTO_OR_PRESET, PRESETS, MeZOConfig, coerced, preset
 from mezo.errors import EngineError, NonFiniteLossError, UserError, is_out_of_memory
 from mezo.names import unknown_key_message
 
@@ -184,15 +184,17 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
 
 
 def parse_train(argv: list[str]) -> MeZOConfig:
-    """The config of a command line: flags over --config over --preset over the defaults."""
+    """The config of a command line: flags over --config over --preset, or over method auto, over the defaults."""
     return MeZOConfig.from_dict(_train_values(argv, _TrainOptions, "mezo train"))
 
 
 def parse_tune(argv: list[str]) -> tuple[MeZOConfig, TuneOptions]:
     """The same with the options of `mezo tune`; a preset's learning rates are the candidates if none are named."""
     values = _train_values(argv, _TuneOptions, "mezo tune")
-    tune = {f.name: values.pop(f.name) for f in dataclasses.fields(TuneOptions)}
-    return MeZOConfig.from_dict(values), TuneOptions(**tune)  # type: ignore[arg-type]
+    tune = TuneOptions(**{name: values.pop(name) for name in _TUNE_NAMES})  # type: ignore[arg-type]
+    if values["method"] == "auto" and tune.learning_rates:
+        values.setdefault("learning_rate", tune.learning_rates[0])  # a rate is named
+    return MeZOConfig.from_dict(values), tune
 
 
 def _train_values(argv: list[str], options: type, prog: str) -> dict[str, object]:
@@ -205,8 +207,13 @@ def _train_values(argv: list[str], options: type, prog: str) -> dict[str, object
         values |= {**preset(preset_name).config(model_name_or_path="").to_dict(), **values}
         if "learning_rates" in options.__annotations__:
             values |= {"learning_rates": preset(preset_name).learning_rates}
-    parsed = _parse(options, argv, prog, options(**values | from_file), extra=("config", "preset"))
-    return dataclasses.asdict(parsed)
+    parsed = dataclasses.asdict(_parse(options, argv, prog, options(**values | from_file), extra=("config", "preset")))
+    if parsed["method"] != "auto":
+        return parsed
+    if preset_name is not None:
+        raise UserError(AUTO_OR_PRESET)
+    named = {*from_file, *(name.removeprefix("no_") for name in _options(argv)), *_TUNE_NAMES}
+    return {name: value for name, value in parsed.items() if name in named}
 
 
 def _unchecked(*parts: type) -> Any:
@@ -248,14 +255,18 @@ def _parse(
 ) -> _Options:
     """tyro's parser with underscores, and one line about an unknown option."""
     names = [f.name for f in dataclasses.fields(options)]  # type: ignore[arg-type]
-    for argument in argv:
-        name = argument[2:].partition("=")[0].replace("-", "_")
-        if argument.startswith("--") and name.removeprefix("no_") not in (*names, "help"):
+    for name in _options(argv):
+        if name.removeprefix("no_") not in (*names, "help"):
             raise UserError(unknown_key_message(name, [*names, *extra]).replace("'", ""))
     parsed: _Options = tyro.cli(
         options, args=argv, prog=prog, default=default, config=(tyro.conf.OmitArgPrefixes,), use_underscores=True
     )  # type: ignore[assignment]  # tyro's overload for a default that may be None
     return parsed
+
+
+def _options(argv: Sequence[str]) -> list[str]:
+    """The options that a command line names, with underscores."""
+    return [a[2:].partition("=")[0].replace("-", "_") for a in argv if a.startswith("--")]
 
 
 def _take(argv: list[str], option: str) -> tuple[list[str], str | None]:

@@ -46,6 +46,7 @@ def _quiet() -> None:
     import huggingface_hub
 
     logger = logging.getLogger("mezo")
+    logger.setLevel(logging.WARNING)  # SGLang, started here, sets the root logger to ERROR
     if not logger.handlers:
         logger.addHandler(_StandardError())
         logger.handlers[0].setFormatter(logging.Formatter("mezo: %(message)s"))

@@ -49,7 +49,10 @@ def differences(config: MeZOConfig, usual_epsilon: float, dtype: str, plus_R: Fl
     if zeros < 0.05:
         return [_rounding(dtype, config.batch_size, float(np.median(apart_R)), level, larger)]
     why, advice = f"epsilon {config.epsilon:g} is below rounding", larger
-    if config.epsilon > usual_epsilon / 100:
+    if config.objective != "loss":  # counts of right answers, or rewards of texts: steps without a gradient
+        why = f"both sides come to the same {config.objective}"
+        advice = f"Larger batches: --gradient_accumulation_steps {4 * config.gradient_accumulation_steps}; or {larger}"
+    elif config.epsilon > usual_epsilon / 100:
         why = "the trained parameters do not act on the loss, or epsilon is below rounding"
         advice = f"Look at lora_target_modules, trainable_layers, label_words and template; then {larger}"
     same = ", and all losses are the same" if np.ptp(plus_R) == np.ptp(minus_R) == 0 else ""

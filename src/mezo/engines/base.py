@@ -87,6 +87,10 @@ class Engine(Protocol):
         """Takes the state that `save_optimizer` wrote."""
         ...
 
+    def num_parameters(self) -> int:
+        """Number of trained scalars."""
+        ...
+
     def digest(self) -> str:
         """Hash of the trained parameters' present values."""
         ...

@@ -202,6 +202,10 @@ class SGLangEngine:
     def load_optimizer(self, folder: Path) -> None:
         """See `Engine.load_optimizer`."""
 
+    def num_parameters(self) -> int:
+        """See `Engine.num_parameters`."""
+        return self.space.num_parameters()
+
     def digest(self) -> str:
         """See `Engine.digest`."""
         self._catch_up()

@@ -281,6 +281,10 @@ class TorchEngine:
             self._keys.deferred.all_taken()
         self._changed()
 
+    def num_parameters(self) -> int:
+        """See `Engine.num_parameters`."""
+        return self.space.num_parameters()
+
     def digest(self) -> str:
         """See `Engine.digest`. Covers what is saved, frozen parts of a fresh head included."""
         self._settle()

@@ -1,0 +1,196 @@
+"""What `method: auto` sets, from the rows of benchmarks/methods.py by a rule that was fixed before they were measured.
+
+    python benchmarks/methods_choice.py benchmarks/results/methods.csv [--write]
+
+Of all parameters, of LoRA, and of LoRA as far as SGLang's engine has it: among the methods whose median last accuracy
+is within one point of the best one's on each model's SST-2, the one that comes soonest to the accuracy of plain MeZO at
+2,000 steps, in seconds as a ratio to plain MeZO's own, combined over both models by the geometric mean. Plain MeZO is
+that of the same kind, itself a candidate; first-order methods are none. If none is that near on both, the one whose
+worst gap is the smallest. The learning rate is the smaller of the two tuned ones. Where one task was not measured, the
+other decides alone.
+
+`--write` puts the choices into src/mezo/auto.yaml and the table of docs/methods.md; what was not measured stays there.
+"""
+
+import argparse
+import math
+import statistics
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from methods_report import Finals, Row, finals
+from methods_schedule import read
+from methods_settings import FIRST_ORDER, LORA, METHODS, TRAINED
+
+from mezo import auto
+from mezo.config import MeZOConfig
+from mezo.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs" / "methods.md"
+KINDS = {"full": "mezo", "lora": "mezo lora", "sglang lora": "mezo lora"}  # and their plain MeZO
+TASKS = ("minilm-mlm/sst2", "reviews-llama/sst2")
+PLAIN_STEPS = 2000
+NEAR = 1.0  # points of accuracy
+
+
+class Judged(NamedTuple):
+    """A candidate. Lists are by task."""
+
+    method: str
+    finals: list[Finals]
+    gaps: list[float]  # points of accuracy to the best one
+    ratios: list[float]  # seconds to plain MeZO's accuracy, over plain MeZO's; inf where it does not get there
+
+    @property
+    def worst_gap(self) -> float:
+        return round(max(self.gaps), 6)
+
+    @property
+    def slowness(self) -> float:
+        return math.prod(self.ratios) ** (1 / len(self.ratios))
+
+
+def candidates(kind: str) -> list[str]:
+    """The methods of a kind."""
+    return [m for m, (options, _) in METHODS.items() if not m.startswith(FIRST_ORDER) and _is_of(kind, options)]
+
+
+def _is_of(kind: str, options: dict[str, Any]) -> bool:
+    if options.get("peft_type") == "prefix_tuning" or options.get("use_peft", False) != (kind != "full"):
+        return False
+    try:
+        MeZOConfig.from_dict(
+            {"model_name_or_path": "", **options, **({"engine": "sglang"} if "sglang" in kind else {})}
+        )
+    except UserError:
+        return False
+    return True
+
+
+def judged(found: list[Row], kind: str) -> list[Judged]:
+    """The candidates that were measured on every task that plain MeZO was; none if that was on none."""
+    plain, of_task = KINDS[kind], finals(found)
+    tasks = [of_task[task] for task in TASKS if plain in of_task.get(task, {})]
+    best = [max(ending(methods[m]) for m in candidates(kind) if m in methods) for methods in tasks]
+    result = []
+    for method in candidates(kind):
+        if tasks and all(method in methods for methods in tasks):
+            own = [methods[method] for methods in tasks]
+            gaps = [top - ending(of) for top, of in zip(best, own, strict=True)]
+            ratios = [ratio(of, methods[plain]) for of, methods in zip(own, tasks, strict=True)]
+            result.append(Judged(method, own, gaps, ratios))
+    return result
+
+
+def ending(of: Finals) -> float:
+    """Last accuracy in percent, median of the seeds."""
+    return statistics.median(of.ends())
+
+
+def ratio(of: Finals, plain: Finals) -> float:
+    """Seconds to plain MeZO's accuracy at 2,000 steps, over its own."""
+    at = [[float(row["accuracy"]) for row in curve if int(row["step"]) <= PLAIN_STEPS][-1] for curve in plain.curves]
+    goal = statistics.median_low(at)  # of an even number of seeds one that was reached
+    seconds = of.until(goal)[1] / plain.until(goal)[1]
+    return math.inf if math.isnan(seconds) else seconds
+
+
+def choice(methods: list[Judged]) -> Judged:
+    """The rule."""
+    near = [m for m in methods if m.worst_gap <= NEAR]
+    if near:
+        return min(near, key=lambda m: (m.slowness, m.worst_gap))
+    return min(methods, key=lambda m: (m.worst_gap, m.slowness))
+
+
+def entries(found: list[Row]) -> dict[str, dict[str, Any]]:
+    """What auto.yaml says of each kind that was measured."""
+    return {kind: entry(kind, choice(methods)) for kind in KINDS if (methods := judged(found, kind))}
+
+
+def entry(kind: str, chosen: Judged) -> dict[str, Any]:
+    """An entry of auto.yaml."""
+    usual = {name: getattr(MeZOConfig, name) for name in ("estimator", "optim", "direction", "epsilon")}
+    options = {name: value for name, value in METHODS[chosen.method][0].items() if name not in LORA}
+    rows = [
+        {
+            "file": "benchmarks/results/methods.csv",
+            "commit": ", ".join(sorted({row["commit"] for curve in of.curves for row in curve})),
+            "task": of.curves[0][0]["task"],
+            "method": chosen.method,
+            "learning_rate": float(of.curves[0][0]["learning_rate"]),
+            "seeds": len(of.curves),
+            "accuracy": round(ending(of), 2),
+            "behind_the_best": round(gap, 2),
+            "seconds_over_plain": round(seconds, 3),
+        }
+        for of, gap, seconds in zip(chosen.finals, chosen.gaps, chosen.ratios, strict=True)
+    ]
+    models = [row["task"].partition("/")[0] for row in rows]
+    return {
+        "method": chosen.method,
+        "options": {**usual, **options},
+        "learning_rate": min(row["learning_rate"] for row in rows),
+        "trained_parameters": {model: TRAINED[model][0 if kind == "full" else 1] for model in models},
+        "rows": rows,
+    }
+
+
+HEAD = """\
+# What method auto sets, see docs/methods.md. Made by
+#     python benchmarks/methods_choice.py benchmarks/results/methods.csv --write
+# An entry without rows is PROVISIONAL: chosen by hand, not measured.
+"""
+
+
+def to_yaml(chosen: dict[str, dict[str, Any]]) -> str:
+    return HEAD + yaml.safe_dump(chosen, sort_keys=False, width=110)
+
+
+def docs_table(chosen: dict[str, auto.Entry]) -> str:
+    """The table of docs/methods.md."""
+    lines = ["| trained | method | options | learning rate | measured |", "|---|---|---|---|---|"]
+    for kind, of in chosen.items():
+        options = ", ".join(f"`{name} {value}`" for name, value in of.options.items())
+        measured = "; ".join(
+            f"{row['task']}: {row['accuracy']:.1f} %, {row['behind_the_best']:.1f} behind the best, plain MeZO's "
+            f"accuracy in {row['seconds_over_plain']:.2f} of its time"
+            for row in of.rows
+        )
+        lines.append(f"| {kind} | {of.method} | {options} | {of.learning_rate:g} | {measured or 'not yet'} |")
+    return "\n".join(lines)
+
+
+def with_table(page: str, table: str) -> str:
+    """The page with the table between its two comments."""
+    begin, end = "<!-- auto.yaml -->", "<!-- end of auto.yaml -->"
+    before, after = page.partition(begin)[0], page.partition(end)[2]
+    return f"{before}{begin}\n\n{table}\n\n{end}{after}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", type=Path)
+    parser.add_argument(
+        "--write", action="store_true", help="put the choices into src/mezo/auto.yaml and docs/methods.md"
+    )
+    options = parser.parse_args()
+    found = read(options.file)
+    for kind in KINDS:
+        for m in sorted(judged(found, kind), key=lambda m: (m.worst_gap > NEAR, m.slowness)):
+            by_task = "  ".join(
+                f"{-gap:+5.1f} points {seconds:6.2f}x" for gap, seconds in zip(m.gaps, m.ratios, strict=True)
+            )
+            print(f"{kind:12} {m.method:32} {m.slowness:6.2f}x  {by_task}")
+    chosen = entries(found)
+    print(to_yaml(chosen))
+    if options.write:
+        before = yaml.safe_load(auto.TABLE.read_text())
+        auto.TABLE.write_text(to_yaml({**before, **chosen}))
+        DOCS.write_text(with_table(DOCS.read_text(), docs_table(auto.entries())))
+
+
+if __name__ == "__main__":
+    main()
