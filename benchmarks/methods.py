@@ -5,10 +5,11 @@
         [--jobs 1] [--gpus 1] [--minutes 60] [--plan]
 
 methods: 1,000 training rows, of which a fifth is held out. Every method tries the same number of learning rates, half a
-decade apart, for `--forwards` passes with the first seed; the one that ends with the lowest held-out loss runs with the
-other seeds too. A run that gets worse than the untrained model ends there. The official validation rows (1,000 at most)
-are only reported. A backward pass counts as two forward passes. published: plain MeZO at the rates of the models'
-README, on all 1,000 rows. long: 100,000 steps of plain MeZO, in segments that go on from the run's journal in `--work`.
+decade apart, for `--forwards` passes with the first seed ("a third": a third of them); the one that ends with the
+lowest held-out loss runs with the other seeds too. A run that gets worse than the untrained model ends there. The
+official validation rows (1,000 at most) are only reported. A backward pass counts as two forward passes. published:
+plain MeZO at the rates of the models' README, on all 1,000 rows. long: 100,000 steps of plain MeZO, in segments that go
+on from the run's journal in `--work`.
 twins: other types and engines at another method's rate.
 
 What a step takes is measured first, for `--time_steps` steps with nothing beside it; then `--jobs` runs share the
@@ -283,7 +284,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--rows", type=int, default=1000)
     found.add_argument("--forwards", type=int, default=4000)
     found.add_argument("--points", type=int, default=20, help="evaluations of a run")
-    found.add_argument("--time_steps", type=int, default=40)
+    found.add_argument("--time_steps", type=int, default=160)
     found.add_argument("--published_steps", type=int, default=PUBLISHED_STEPS)
     found.add_argument("--long_steps", type=int, default=LONG_STEPS)
     found.add_argument("--segment_steps", type=int, default=LONG_SEGMENT)

@@ -70,13 +70,17 @@ def _is_of(kind: str, options: dict[str, Any]) -> bool:
 
 
 def judged(found: list[Row], kind: str) -> list[Judged]:
-    """The candidates that were measured on every task that plain MeZO was; none if that was on none."""
+    """The candidates that were measured where plain MeZO was, with as many seeds; none if that was nowhere."""
     plain, of_task = KINDS[kind], finals(found)
     tasks = [of_task[task] for task in TASKS if plain in of_task.get(task, {})]
-    best = [max(ending(methods[m]) for m in candidates(kind) if m in methods) for methods in tasks]
+    seeds = [len(methods[plain].curves) for methods in tasks]
+    whole = [[m for m in methods if len(methods[m].curves) == n] for methods, n in zip(tasks, seeds, strict=True)]
+    best = [
+        max(ending(methods[m]) for m in candidates(kind) if m in of) for methods, of in zip(tasks, whole, strict=True)
+    ]
     result = []
     for method in candidates(kind):
-        if tasks and all(method in methods for methods in tasks):
+        if tasks and all(method in of for of in whole):
             own = [methods[method] for methods in tasks]
             gaps = [top - ending(of) for top, of in zip(best, own, strict=True)]
             ratios = [ratio(of, methods[plain]) for of, methods in zip(own, tasks, strict=True)]

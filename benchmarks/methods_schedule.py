@@ -18,6 +18,7 @@ from methods_settings import (
     forwards_per_step,
     key,
     rates,
+    share_of,
 )
 
 Rows = list[dict[str, Any]]
@@ -33,7 +34,7 @@ def steps_of(job: Job, options: argparse.Namespace) -> int:
         return options.published_steps
     if job.method.startswith(FIRST_ORDER):
         return max(1, 5 * (options.rows - options.rows // 5) // 16)
-    return max(1, options.forwards // forwards_per_step(job.method))
+    return max(1, int(options.forwards * share_of(job.method)) // forwards_per_step(job.method))
 
 
 def read(path: Path) -> list[dict[str, str]]:

@@ -35,6 +35,7 @@ TRAINED = {"minilm-mlm": (22_744_506, 73_728), "reviews-llama": (29_893_120, 131
 LORA = {"use_peft": True, "lora_r": 8, "lora_alpha": 16.0}
 LOW_RANK = {"direction": "low_rank", "direction_rank": 2, "direction_refresh_steps": 50}
 FIRST_ORDER = "first order"
+THIRD = ", a third"  # of the forward passes, and a rate that falls to 0 by then
 # Options, and the largest of the learning rates. The order is that of the measurement.
 METHODS: dict[str, tuple[dict[str, Any], float]] = {
     "mezo": ({}, 1e-4),
@@ -62,11 +63,19 @@ METHODS: dict[str, tuple[dict[str, Any], float]] = {
     "mezo, clipped": ({"clip_quantile": 0.9}, 1e-4),
     "mezo, linear": ({"lr_scheduler_type": "linear"}, 1e-4),
     "mezo, epsilon 1e-2": ({"epsilon": 1e-2}, 1e-4),
+    "fzoo, 8 queries, linear": ({"estimator": "fzoo", "num_queries": 8, "lr_scheduler_type": "linear"}, 1e-2),
+    f"fzoo, 8 queries, linear{THIRD}": ({"estimator": "fzoo", "num_queries": 8, "lr_scheduler_type": "linear"}, 1e-2),
+    f"fzoo lora, 8 queries, linear{THIRD}": (
+        {**LORA, "epsilon": 1e-2, "estimator": "fzoo", "num_queries": 8, "lr_scheduler_type": "linear"},
+        3e-2,
+    ),
+    f"lozo, adam, linear{THIRD}": ({**LOW_RANK, "optim": "adam", "lr_scheduler_type": "linear"}, 1e-3),
     "mezo prefix": ({"use_peft": True, "peft_type": "prefix_tuning", "epsilon": 1e-1}, 1e-1),
 }
 # Options beside those of another method, at whose learning rate they run.
 TWINS: dict[str, tuple[str, dict[str, Any]]] = {
     "mezo lora, bf16": ("mezo lora", {"dtype": "bfloat16"}),
+    f"fzoo, 8 queries, linear{THIRD}, bf16": (f"fzoo, 8 queries, linear{THIRD}", {"dtype": "bfloat16"}),
     "mezo lora, bf16, sglang": ("mezo lora", {"dtype": "bfloat16", "engine": "sglang"}),
 }
 NUM_RATES = 4
@@ -111,6 +120,11 @@ def forwards_per_step(method: str) -> int:
     queries, batches = options.get("num_queries", 1), options.get("gradient_accumulation_steps", 1)
     probes = {"fzoo": queries + 1, "1.5-spsa": 2 * queries + 1}.get(options.get("estimator", "spsa"), 2 * queries)
     return batches * probes
+
+
+def share_of(method: str) -> float:
+    """The part of the forward passes that a method is given."""
+    return 1 / 3 if THIRD in method else 1.0
 
 
 def key(row: dict[str, Any]) -> Job:
