@@ -10,11 +10,13 @@ step is kept along all of it. An update goes a fixed length against the sign of 
 
 - no row's loss differs by the tolerance or more,
 - projected_grad with reuse and without agree: their `concordance` over the steps is at least 0.99,
-- a row's loss moves by more than ten tolerances, so that keys and values of earlier weights would be seen,
+- a row's loss moves by more than five tolerances, so that keys and values of earlier weights would be seen,
 - anything was reused,
 - and both sides (on SGLang: the workers and the journal) have the same bits at the end.
 
-Those that begin with "control" reuse what must not be reused, and pass if one of the first two fails.
+Those that begin with "control" reuse what must not be reused, and pass if one of the first two fails. Beside the
+difference stands the one between losses without reuse of all rows at once and of the same rows in halves: what another
+batch makes of the same numbers.
 """
 
 import argparse
@@ -54,8 +56,8 @@ from mezo.estimator import Probe, Record, TwoPoint
 from mezo.objective import Example, batch_loss
 
 # A row's loss is one of 3 tokens, some nats. bfloat16 keeps 8 bits of the hidden states, and rows of another number and
-# length take other kernels, which sum in another order; in float32 that order is all.
-TOLERANCE = 5e-2 if DEVICE.type == "cuda" else 1e-5
+# length take other kernels, which sum in another order; in float32 that order is all. The largest of hundreds of rows.
+TOLERANCE = 1e-1 if DEVICE.type == "cuda" else 1e-5
 LEAST_CONCORDANCE = 0.99
 # ε of an adapter, and of all parameters in units of their size; how many of them an update goes along z.
 LORA, DENSE, LENGTH = 1.2e-2, 0.1, 2
@@ -128,6 +130,7 @@ class Found(NamedTuple):
     """What a trajectory showed."""
 
     difference: float  # the largest of a row's loss
+    in_halves: float  # the same without reuse, of the rows at once and in halves
     concordance: float  # of projected_grad
     moved: float  # the most that a row's loss, mean of both signs, went away from its first
     reused: float  # of the tokens asked
@@ -155,14 +158,17 @@ def follow(
 
     update(Record(0, first, 0.0, 0.0, 1.0, length, 0, len(examples)))  # an adapter that starts at 0 does nothing
     asked = 2 * sum(e.num_tokens for e in examples)
-    pairs, differences, means, reused = [], [], [], []
+    pairs, differences, in_halves, means, reused = [], [], [], [], []
+    half = len(examples) // 2
     for step in range(steps):
         probes = estimator.probes(step)
         on_PN, computed = counted(on, examples, probes)
         off_PN, all_computed = counted(off, examples, probes)
         assert all_computed == asked, "the side without reuse did not compute everything"
         reused.append(1 - computed / asked)
+        halves_PN = torch.cat([off.losses(part, probes) for part in (examples[:half], examples[half:])], dim=1)
         differences.append((on_PN - off_PN).abs().max().item())
+        in_halves.append((halves_PN - off_PN).abs().max().item())
         means.append(off_PN.mean(dim=0))
         (found,), (whole,) = (
             estimator.outcomes(probes, [batch_loss(examples, losses_N) for losses_N in losses_PN])
@@ -172,7 +178,7 @@ def follow(
         sign = math.copysign(1.0, found.coefficient)
         update(Record(step, *found._replace(coefficient=sign), length, 0, len(examples)))
     moved = max((mean_N - means[0]).abs().max().item() for mean_N in means)
-    return Found(max(differences), concordance(pairs), moved, statistics.fmean(reused), same())
+    return Found(max(differences), max(in_halves), concordance(pairs), moved, statistics.fmean(reused), same())
 
 
 def concordance(pairs: Sequence[tuple[float, float]]) -> float:
@@ -189,7 +195,7 @@ def concordance(pairs: Sequence[tuple[float, float]]) -> float:
 def passes(name: str, found: Found) -> bool:
     """Whether a setting shows what it should."""
     same = found.difference < TOLERANCE and found.concordance >= LEAST_CONCORDANCE
-    as_it_should = not same if name.startswith("control") else same and found.moved > 10 * TOLERANCE
+    as_it_should = not same if name.startswith("control") else same and found.moved > 5 * TOLERANCE
     return as_it_should and found.reused > 0 and found.same_weights
 
 
@@ -294,14 +300,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, found in run(shape, [name for name in settings if options.settings in name], options.steps):
         row = {
             "setting": name, "engine": options.engine, "model": shape, "steps": options.steps,
-            "difference": f"{found.difference:.1e}", "tolerance": f"{TOLERANCE:.0e}",
-            "concordance": f"{found.concordance:.5f}", "reused_percent": f"{100 * found.reused:.1f}",
+            "difference": f"{found.difference:.1e}", "in_halves": f"{found.in_halves:.1e}",
+            "tolerance": f"{TOLERANCE:.0e}", "concordance": f"{found.concordance:.5f}",
+            "reused_percent": f"{100 * found.reused:.1f}",
             "moved": f"{found.moved:.2g}", "same_weights": found.same_weights,
             "result": "PASS" if passes(name, found) else "FAIL",
         }  # fmt: skip
         rows.append({**row, **provenance()})
-        figures = "off by {difference}, concordance {concordance}, reused {reused_percent} %, moved {moved}"
-        print(("{result}  {setting:<39}" + figures).format(**row), flush=True)
+        print(
+            "{result}  {setting:<39}off by {difference}, halves {in_halves}, concordance {concordance}, "
+            "reused {reused_percent} %, moved {moved}".format(**row),
+            flush=True,
+        )
     if options.output:
         with options.output.open("w", newline="") as file:
             writer = csv.DictWriter(file, rows[0])

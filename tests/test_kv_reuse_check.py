@@ -40,13 +40,13 @@ def test_an_engine_that_reuses_too_much_fails(naive, monkeypatch, capsys):
 
 
 def test_what_passes():
-    good = check.Found(0.5 * check.TOLERANCE, 0.999, 11 * check.TOLERANCE, 0.5, True)
+    good = check.Found(0.5 * check.TOLERANCE, 0.0, 0.999, 6 * check.TOLERANCE, 0.5, True)
     assert check.passes("LoRA", good)
     assert not check.passes("control", good)
     for bad in (good._replace(difference=2 * check.TOLERANCE), good._replace(concordance=0.98)):
         assert not check.passes("LoRA", bad)
         assert check.passes("control", bad)
-    for bad in ({"moved": 9 * check.TOLERANCE}, {"reused": 0.0}, {"same_weights": False}):
+    for bad in ({"moved": 4 * check.TOLERANCE}, {"reused": 0.0}, {"same_weights": False}):
         assert not check.passes("LoRA", good._replace(**bad))
 
 
