@@ -159,20 +159,22 @@ generator = torch.Generator().manual_seed(0)
 def randn(*size):
     return torch.randn(size, generator=generator)
 for probes, rows, out, rank in ((2, 33, 300, 2), (1, 5, 7, 3), (3, 64, 256, 1)):
-    y, residual = randn(2, probes, rows, out)
+    y, other = randn(2, probes, rows, out)
     h, left = randn(probes, rows, 8)[..., 1 : 1 + rank], randn(probes, out + 9, rank)[:, 9:]
     for bias in (None, randn(probes, 2 * out)[:, ::2], torch.ones(out).expand(probes, out)):
         sums = LowRankSum(y, h, left, bias)
-        for options in ({}, {"relu": True}, {"scale": 0.3}, {"residual_PNO": residual}):
+        cases = (("", 1.0, None, None), ("relu", 1.0, None, None), ("silu", 0.3, None, None), ("", 1.0, other, None),
+                 ("", 1.0, None, other))
+        for case in cases:
             gpu.enabled = lambda: False
-            expected = sums.then(**options)
+            expected = sums._write(torch.empty_like(y), *case)
             gpu.enabled = lambda: True
-            assert (sums._on_gpu(torch.empty_like(y), **options) - expected).abs().max() < 1e-5
+            assert (sums._on_gpu(torch.empty_like(y), *case) - expected).abs().max() < 1e-5
         short = LowRankSum(y.bfloat16(), h.bfloat16(), left, bias)
-        found = short._on_gpu(torch.empty_like(short.y_PNO))
+        found = short._on_gpu(torch.empty_like(short.y_PNO), *cases[0])
         assert (found - sums.then()).abs().max() < 0.1
         exact, copy = sums.then(), LowRankSum(y.clone(), h, left, bias)
-        copy._on_gpu(copy.y_PNO)
+        copy._on_gpu(copy.y_PNO, *cases[0])
         assert (copy.y_PNO - exact).abs().max() < 1e-5
 """)
 

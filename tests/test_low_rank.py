@@ -211,8 +211,8 @@ def test_other_reads_of_a_matrix(model_folder):
 
 @pytest.mark.parametrize(
     ("name", "fused", "shared"),
-    # Of a layer q (times its scale), fc1 (relu), out_proj and fc2 (residual); o_proj and down_proj.
-    [("opt", 4, ["q_proj", "k_proj", "v_proj"]), ("llama", 2, ["gate_proj", "up_proj"])],
+    # Of a layer q (times its scale), fc1 (relu), out_proj and fc2 (residual); gate (silu), up (times that), o and down.
+    [("opt", 4, ["q_proj", "k_proj", "v_proj"]), ("llama", 4, ["gate_proj", "up_proj"])],
 )
 def test_what_reads_a_layer_finishes_it(model_folder, monkeypatch, name, fused, shared):
     """One pass over memory where that function reads and writes every element anyway, and x V once for its readers."""
@@ -251,6 +251,8 @@ READS = {
     "number": lambda y: y * 2,
     "times": lambda y: 0.3 * y,
     "relu twice": lambda y: F.relu(y) + y,
+    "silu": lambda y: F.silu(y) * y,
+    "product": lambda y: torch.full_like(y, 0.5) * y,
     "itself": lambda y: y + y,
     "two layers": lambda y: (y + torch.ones(())) + y,
     "dropout": lambda y: F.dropout(y, 0.5, training=False) + torch.ones_like(y),

@@ -6,13 +6,13 @@ import triton.language as tl
 
 @triton.jit(do_not_specialize=["scale"])
 def low_rank_sum(
-    out_ptr, y_ptr, residual_ptr, h_ptr, left_ptr, bias_ptr, num_rows, num_out, h_step, left_probe, bias_probe,
-    bias_step, scale, RANK: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, RELU: tl.constexpr,
-    ROWS: tl.constexpr, OUTPUTS: tl.constexpr,
+    out_ptr, y_ptr, other_ptr, h_ptr, left_ptr, bias_ptr, num_rows, num_out, h_step, left_probe, bias_probe,
+    bias_step, scale, RANK: tl.constexpr, HAS_BIAS: tl.constexpr, FUNCTION: tl.constexpr, PLUS: tl.constexpr,
+    TIMES: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr,
 ):  # fmt: skip
-    """out[p, n, o] = f(y[p, n, o] + sum over k of h[p, n, k] * left[p, o, k] + bias[p, o]) * scale + residual[p, n, o].
+    """out[p, n, o] = f(y[p, n, o] + sum over k of h[p, n, k] * left[p, o, k] + bias[p, o]) * scale + other[p, n, o].
 
-    f is relu or nothing; program (rows, outputs, probe). `out` may be `y`.
+    f is relu, silu or nothing; with `TIMES` the last is a product; program (rows, outputs, probe). `out` may be `y`.
     """
     probe = tl.program_id(2).to(tl.int64)
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -28,11 +28,15 @@ def low_rank_sum(
         h = tl.load(h_ptr + row * h_step + k, mask=row_inside).to(tl.float32)
         left = tl.load(left_ptr + probe * left_probe + o * RANK + k, mask=out_inside)
         total += h[:, None] * left[None, :]
-    if RELU:
+    if FUNCTION == "relu":
         total = tl.where(total < 0.0, 0.0, total)  # NaN stays
+    if FUNCTION == "silu":
+        total *= tl.sigmoid(total)
     total *= tl.cast(scale, tl.float32)
-    if HAS_RESIDUAL:
-        total += tl.load(residual_ptr + place, mask=inside).to(tl.float32)
+    if PLUS:
+        total += tl.load(other_ptr + place, mask=inside).to(tl.float32)
+    if TIMES:
+        total *= tl.load(other_ptr + place, mask=inside).to(tl.float32)
     tl.store(out_ptr + place, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 

@@ -32,40 +32,54 @@ class LowRankSum(NamedTuple):
         """Adds the rest to y."""
         self._write(self.y_PNO)
 
-    def then(self, *, relu: bool = False, residual_PNO: Tensor | None = None, scale: float = 1.0) -> Tensor:
-        """relu of the sum, or the sum · scale + residual, in one pass over memory; computed in float32."""
-        return self._write(torch.empty_like(self.y_PNO), relu=relu, residual_PNO=residual_PNO, scale=scale)
+    def then(
+        self,
+        function: str = "",
+        *,
+        scale: float = 1.0,
+        plus_PNO: Tensor | None = None,
+        times_PNO: Tensor | None = None,
+    ) -> Tensor:
+        """f(the sum) · scale + plus, or · times, in one pass over memory, in float32; f is relu, silu or nothing."""
+        return self._write(torch.empty_like(self.y_PNO), function, scale, plus_PNO, times_PNO)
 
     def _write(
-        self, out_PNO: Tensor, *, relu: bool = False, residual_PNO: Tensor | None = None, scale: float = 1.0
+        self,
+        out_PNO: Tensor,
+        function: str = "",
+        scale: float = 1.0,
+        plus_PNO: Tensor | None = None,
+        times_PNO: Tensor | None = None,
     ) -> Tensor:
         if out_PNO.is_cuda and gpu.enabled():
-            return self._on_gpu(out_PNO, relu=relu, residual_PNO=residual_PNO, scale=scale)
+            return self._on_gpu(out_PNO, function, scale, plus_PNO, times_PNO)
         value_PNO = torch.baddbmm(self.y_PNO.float(), self.h_PNr.float(), self.left_POr.mT)
         if self.bias_PO is not None:
             value_PNO += self.bias_PO[:, None]
-        if relu:
-            value_PNO.relu_()
+        if function:
+            value_PNO = {"relu": F.relu, "silu": F.silu}[function](value_PNO)
         if scale != 1.0:
             value_PNO *= scale
-        return out_PNO.copy_(value_PNO if residual_PNO is None else value_PNO.add_(residual_PNO))
+        if times_PNO is not None:
+            value_PNO *= times_PNO
+        return out_PNO.copy_(value_PNO if plus_PNO is None else value_PNO.add_(plus_PNO))
 
     def _on_gpu(
-        self, out_PNO: Tensor, *, relu: bool = False, residual_PNO: Tensor | None = None, scale: float = 1.0
+        self, out_PNO: Tensor, function: str, scale: float, plus_PNO: Tensor | None, times_PNO: Tensor | None
     ) -> Tensor:
         y_PNO, h_PNr, left_POr, bias_PO = self
         num_probes, num_rows, num_out = y_PNO.shape
         assert y_PNO.is_contiguous() and left_POr.stride()[1:] == (left_POr.shape[2], 1)
         assert h_PNr.stride(2) == 1 and h_PNr.stride(0) == num_rows * h_PNr.stride(1)
         bias = y_PNO if bias_PO is None else bias_PO
-        residual = y_PNO if residual_PNO is None else residual_PNO.contiguous()
+        other = next((t.contiguous() for t in (plus_PNO, times_PNO) if t is not None), y_PNO)
         grid = (-(-num_rows // _ROWS), -(-num_out // _OUTPUTS), num_probes)
         with torch.cuda.device(y_PNO.device):
             _kernels().low_rank_sum[grid](
-                out_PNO, y_PNO, residual, h_PNr, left_POr, bias, num_rows, num_out, h_PNr.stride(1),
+                out_PNO, y_PNO, other, h_PNr, left_POr, bias, num_rows, num_out, h_PNr.stride(1),
                 left_POr.stride(0), bias.stride(0), bias.stride(-1), float(scale), RANK=left_POr.shape[2],
-                HAS_BIAS=bias_PO is not None, HAS_RESIDUAL=residual_PNO is not None, RELU=relu, ROWS=_ROWS,
-                OUTPUTS=_OUTPUTS,
+                HAS_BIAS=bias_PO is not None, FUNCTION=function, PLUS=plus_PNO is not None,
+                TIMES=times_PNO is not None, ROWS=_ROWS, OUTPUTS=_OUTPUTS,
             )  # fmt: skip
         return out_PNO
 

@@ -137,10 +137,10 @@ class PerturbedForward(TorchFunctionMode):
                 parts.finish_()
 
     def _finished_by(self, func: Callable[..., Any], args: Sequence[Any]) -> Tensor | None:
-        """What the function makes of an unfinished tensor, if it can be made in one pass: relu, sum, multiple."""
+        """What the function makes of an unfinished tensor, if it can be made in one pass: relu, silu, sum, product."""
         name = getattr(func, "__name__", "")
-        if func is F.relu and (parts := self._parts(args[0])) is not None:
-            return parts.then(relu=True).view(args[0].shape)
+        if func in (F.relu, F.silu) and (parts := self._parts(args[0])) is not None:
+            return parts.then(name).view(args[0].shape)
         if len(args) != 2 or name not in _PRODUCTS | _SUMS:
             return None
         for y, other in (args, args[::-1]):
@@ -150,9 +150,11 @@ class PerturbedForward(TorchFunctionMode):
             if name in _PRODUCTS and isinstance(other, float):
                 return parts.then(scale=other).view(y.shape)
             same = isinstance(other, Tensor) and other.shape == y.shape and other.dtype == y.dtype
-            if name in _SUMS and same and not self.weights.trains(other):
+            if same and not self.weights.trains(other):
                 self._finish([other])
-                return parts.then(residual_PNO=other.reshape(parts.y_PNO.shape)).view(y.shape)
+                other_PNO = other.reshape(parts.y_PNO.shape)
+                then = parts.then(times_PNO=other_PNO) if name in _PRODUCTS else parts.then(plus_PNO=other_PNO)
+                return then.view(y.shape)
         return None
 
     def _substitute(self, value: Any) -> Any:
