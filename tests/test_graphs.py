@@ -74,7 +74,8 @@ def test_copies_within_memory(model_folder):
 @pytest.mark.parametrize(("rows", "bucket"), [(1, 1), (7, 7), (9, 10), (17, 20), (33, 40), (64, 64), (65, 80)])
 def test_buckets(rows, bucket):
     reads = -(-rows // 32) * 32
-    assert Shape.of(2, True, rows, 17, 0, rows, rows, False) == (2, True, bucket, 24, 0, reads, reads, False)
+    found = Shape.of(2, True, True, rows, 17, 0, rows, rows, False)
+    assert found == (2, True, True, bucket, 24, 0, reads, reads, False)
 
 
 def test_large_passes_are_not_captured(model_folder, monkeypatch):

@@ -14,13 +14,14 @@ from mezo import MeZOConfig, UserError, journal
 from mezo.activation import activate, invocation_tokens
 from mezo.adapter import add_adapter
 from mezo.api import eval_model, make_engine, mezo_finetune, replay, summary
+from mezo.encoding import make_encoder
 from mezo.engines.torch.engine import TorchEngine
 from mezo.engines.torch.graphs import Graphs
 from mezo.engines.torch.layers import trainable_names
-from mezo.engines.torch.loading import load_model, load_tokenizer
+from mezo.engines.torch.loading import load_model, load_model_config, load_tokenizer
 from mezo.engines.torch.reuse import TensorStore, shared_prefixes
 from mezo.estimator import Probe, Record, TwoPoint
-from mezo.objective import Example, Target, TokenSequence, batch_loss
+from mezo.objective import Example, Target, TokenSequence, batch_loss, example_losses
 from tests.conftest import SENTIMENT_ROWS
 from tests.speed_table import INVOCATION as TABLE_INVOCATION
 from tests.speed_table import TABLE, examples_of
@@ -50,14 +51,15 @@ def engine_for(folder, *, share, peft=True, alora=False, layers=None, store_byte
             parameter.requires_grad_(names is None or name in names)
     engine = make_engine(config, model, load_tokenizer(config))
     type(engine)._pass_cost = property(lambda self: dense_cost)  # every stage that saves anything
+    type(engine)._cost_of_pass = lambda self, num_probes: dense_cost
     return engine
 
 
 @pytest.fixture(autouse=True)
 def _pass_cost():
-    real = TorchEngine._pass_cost
+    real = TorchEngine._pass_cost, TorchEngine._cost_of_pass
     yield
-    TorchEngine._pass_cost = real
+    TorchEngine._pass_cost, TorchEngine._cost_of_pass = real
 
 
 tokens = st.integers(10, 29)
@@ -267,7 +269,7 @@ def test_frozen_lower_layers(model_folder, name, peft, store_bytes):
 
 
 def test_activated_lora_in_the_last_layers(model_folder):
-    """Both kinds of reuse apply; the prompts' keys and values hold all layers."""
+    """Prompts are reused, with keys and values of all layers; the tokens behind them pass through all layers, too."""
     shared, whole = (
         engine_for(model_folder("llama"), share=share, alora=True, layers="last:1") for share in (True, False)
     )
@@ -284,9 +286,6 @@ def test_activated_lora_in_the_last_layers(model_folder):
 
 
 def test_frozen_lower_layers_of_an_encoder(model_folder):
-    from mezo.encoding import make_encoder
-    from mezo.engines.torch.loading import load_model_config
-
     losses = []
     for share in (True, False):
         config = MeZOConfig(
@@ -346,13 +345,15 @@ RUN = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("variant", ["alora", "lora", "layers"])
+@pytest.mark.parametrize("variant", ["alora", "lora", "layers", "layers, evicted", "full"])
 def test_a_run_with_reuse_is_a_run_without(model_folder, tmp_path, variant):
     """Journals, weights and evaluation of whole runs; what was reused is reported."""
     options = {
         "alora": {"lora_rank": 4, "lora_variant": "alora"},
         "lora": {"lora_rank": 4, "template": "it was good . " * 10 + "{text} it was"},
         "layers": {"trainable_layers": "last:1", "learning_rate": 1e-4},
+        "layers, evicted": {"trainable_layers": "last:1", "learning_rate": 1e-4, "kv_cache_gb": 3e-5},
+        "full": {"template": "it was good . " * 10 + "{text} it was", "learning_rate": 1e-4},
     }[variant]  # fmt: skip
     runs = {}
     for reuse in (True, False):
@@ -390,6 +391,44 @@ def test_an_activated_adapter_is_evaluated_as_such(model_folder, tmp_path):
     config = MeZOConfig(model_name_or_path=model_folder("llama"), use_cpu=True)
     metrics = eval_model(config, result.model_path, SENTIMENT_ROWS[:16])
     assert metrics.loss == pytest.approx(result.metrics.loss, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["llama", "opt", "gpt2"])
+def test_a_trained_run_gives_its_losses_in_peft(model_folder, name, tmp_path):
+    """A run's folder in PEFT's own forward pass: the loss that the run's evaluation reported."""
+    rows = SENTIMENT_ROWS[:16]
+    result = mezo_finetune(
+        model_folder(name), SENTIMENT_ROWS, output_dir=tmp_path, eval_dataset=rows, lora_rank=4, lora_alpha=64,
+        lora_variant="alora", **{**RUN, "num_steps": 40},
+    )  # fmt: skip
+    theirs = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(model_folder(name), dtype=torch.float32), str(result.model_path)
+    ).eval()
+    assert theirs.peft_config["default"].alora_invocation_tokens
+    config = MeZOConfig(
+        model_name_or_path=model_folder(name), template=RUN["template"], label_words=RUN["label_words"], use_cpu=True
+    )
+    encoder = make_encoder(rows, config, load_model_config(config), load_tokenizer(config), encoder_model=False)
+    examples = encoder(rows)
+
+    def loss(model):
+        logprobs = []
+        with torch.no_grad():
+            for sequence in (s for e in examples for s in e.sequences):
+                logits = model(input_ids=torch.tensor([sequence.input_ids])).logits[0].log_softmax(dim=-1)
+                logprobs += [logits[t.position, t.token] for t in sequence.targets]
+        return example_losses(examples, torch.stack(logprobs)).mean().item()
+
+    assert loss(theirs) == pytest.approx(result.metrics.loss, abs=TOLERANCE)
+    # Training moved it, and the same adapter on whole rows gives something else.
+    with theirs.disable_adapter():
+        assert abs(loss(theirs) - result.metrics.loss) > 10 * TOLERANCE
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "alora_invocation_tokens": None}))
+    plain = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(model_folder(name), dtype=torch.float32), str(tmp_path)
+    ).eval()
+    assert abs(loss(plain) - result.metrics.loss) > 10 * TOLERANCE
 
 
 def test_alora_needs_lora():

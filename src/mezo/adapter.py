@@ -8,12 +8,13 @@ from collections.abc import Sequence
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, PrefixTuningConfig, TaskType, get_peft_model
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from mezo import philox
 from mezo.config import MeZOConfig
 from mezo.engines.torch.layers import first_layer, last_layers
+from mezo.engines.torch.reuse import reach
 from mezo.errors import UserError
 
 _TASK_TYPES = {
@@ -66,6 +67,8 @@ def canonical_name(parameter_name: str) -> str:
 
 
 def _lora_config(model: PreTrainedModel, config: MeZOConfig, kind: str, saved_modules: Sequence[str]) -> PeftConfig:
+    if config.lora_variant == "alora":
+        _check_cache(model.config, config.engine)
     targets = target_modules(model, config.lora_target_modules)
     return LoraConfig(
         task_type=_TASK_TYPES[kind],
@@ -78,6 +81,16 @@ def _lora_config(model: PreTrainedModel, config: MeZOConfig, kind: str, saved_mo
         alora_invocation_tokens=config.alora_invocation_tokens if config.lora_variant == "alora" else None,
         layers_to_transform=_adapted_layers(model, config),
     )
+
+
+def _check_cache(model_config: PretrainedConfig, engine: str) -> None:
+    text = model_config.get_text_config()
+    if not reach(model_config):
+        raise UserError(f"lora_variant alora does not know the keys and values of {text.model_type!r} models")
+    if engine == "sglang" and "sliding_attention" in (getattr(text, "layer_types", None) or ()):
+        raise UserError(
+            "lora_variant alora on SGLang: a model some of whose layers see a sliding window is not supported"
+        )
 
 
 def _adapted_layers(model: PreTrainedModel, config: MeZOConfig) -> list[int] | None:

@@ -126,7 +126,10 @@ def run(options: BenchOptions) -> list[Measurement]:
     bare = TorchEngine(engine._transformer, engine.tokenizer)  # no low-rank part, no copies
     methods: dict[str, tuple[Callable[[int], object], float]] = {
         "two plain forwards": (lambda _: two_forwards(engine, bare, examples), 2.0),
-        "a step of mezo": (lambda step: mezo_step(engine, examples, step, options.num_queries), _passes(options)),
+        "a step of mezo": (
+            lambda step: mezo_step(engine, examples, step, options.num_queries),
+            _passes(options, engine),
+        ),
         "original algorithm": (lambda step: original_step(engine, examples, step), 2.0 + 8.0 * (not options.use_peft)),
     }
     if engine.model.device.type == "cuda":
@@ -230,10 +233,13 @@ def _plain_loss(engine: TorchEngine, examples: Sequence[Example]) -> float:
     return batch_loss(examples, example_losses(examples, engine.score(examples).logprobs_T))
 
 
-def _passes(options: BenchOptions) -> float:
+def _passes(options: BenchOptions, engine: TorchEngine) -> float:
     """Passes over the weights: low-rank directions read them once; dense ones are read, written to scratch and read
-    again under each sign, and the update reads and writes them."""
-    return 1.0 if options.use_peft or options.direction != "dense" else 2.0 + 5.0 * options.num_queries
+    again under each sign, and the update reads and writes them, or writes only where it goes along with that."""
+    if options.use_peft or options.direction != "dense":
+        return 1.0
+    deferred = engine.model.device.type == "cuda" and engine.model.dtype != torch.float32
+    return (1.0 if deferred else 2.0) + 5.0 * options.num_queries
 
 
 def timed(function: Callable[[], object], device: torch.device) -> float:

@@ -167,8 +167,10 @@ class MeZOTrainer:
         self._journal = self._open_journal()
         try:
             if self._unfinished_step or self.state.global_step < self.config.max_steps:
+                self._event("on_train_begin")
                 with nullcontext() if self._is_watched else self.engine.deferring():
                     self._loop()
+                self._event("on_train_end")
             result = self._finish()
         except BaseException:
             for callback in self.callbacks.callbacks:
@@ -184,7 +186,6 @@ class MeZOTrainer:
         return result
 
     def _loop(self) -> None:
-        self._event("on_train_begin")
         if self._unfinished_step:
             self._event("on_step_end")
             self._act()
@@ -208,7 +209,6 @@ class MeZOTrainer:
             self._act()
         if self._recent or not any("tokens_asked" in entry for entry in self.state.log_history):
             self.state.log_history.append(self._dated(self._reuse(), self.state.global_step))
-        self._event("on_train_end")
 
     def _act(self) -> None:
         """What the callbacks asked for after a step."""

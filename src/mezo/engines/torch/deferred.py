@@ -7,7 +7,7 @@ waiting parameters.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Hashable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -56,6 +56,7 @@ class DeferredUpdate:
         self._weight_decay = weight_decay
         self._others = [name for name in space.parameters if name not in self.names]
         self._left: set[Block] = set()
+        self._graphs: dict[Hashable, frozenset[Block]] = {}
         self._seeds: list[int] = []
         self._factors: dict[str, list[float]] = {}
         self._keep = 1.0
@@ -93,11 +94,14 @@ class DeferredUpdate:
         if not self._left:
             self._pending_1.zero_()
 
-    def all_taken(self) -> None:
-        """A graph of a whole pass was launched, or the weights were replaced."""
-        if self._left:
-            self._left.clear()
-            self._pending_1.zero_()
+    def captured(self, key: Hashable, blocks: Iterable[Block]) -> None:
+        """A graph was made, known by `key`, in which these blocks take the update that is due."""
+        self._graphs[key] = frozenset(blocks)
+
+    def replayed(self, key: Hashable) -> None:
+        """The graph was launched."""
+        for block in self._graphs[key] & self._left:
+            self.taken(block)
 
     def settle(self, *, partly: bool = False) -> None:
         """Updates what still waits; `partly`: only if a part of it does not, which an interrupted pass has updated."""
@@ -109,7 +113,8 @@ class DeferredUpdate:
         factors = [self._factors[block.name] for block in sorted(blocks)]
         dtype = next(iter(self._space.parameters.values())).dtype
         gpu.update_many(table, dtype, self._seeds, factors, self._keep)
-        self.all_taken()
+        self._left.clear()
+        self._pending_1.zero_()
 
     def _table_of(self, blocks: frozenset[Block]) -> Tensor:
         ordered = sorted(blocks)

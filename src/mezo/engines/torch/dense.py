@@ -133,16 +133,15 @@ class ProbeKeys:
         self.read_otherwise: set[str] = set()
         self.deferred: DeferredUpdate | None = None
 
-    def defer(self, num_records: int, weight_decay: float) -> bool:
-        """Lets updates of this many records wait, if they can, now that a pass has shown who reads what."""
+    def new_deferred(self, num_records: int, weight_decay: float) -> DeferredUpdate | None:
+        """Where updates of this many records wait, now that a pass has shown who reads what; None if they cannot."""
         dtypes = {p.dtype for p in self._space.parameters.values()}
         blocks = {block for block in self.linear_blocks if block.name not in self.read_otherwise}
-        if len(dtypes) != 1 or torch.float32 in dtypes or self._space.optimizer is not None:
-            return False
+        if len(dtypes) != 1 or not dtypes <= {torch.bfloat16, torch.float16} or self._space.optimizer is not None:
+            return None
         if not blocks or any(self._space.parameters[b.name].data_ptr() % 16 for b in blocks):
-            return False
-        self.deferred = DeferredUpdate(self._space, blocks, num_records, weight_decay, self._device)
-        return True
+            return None
+        return DeferredUpdate(self._space, blocks, num_records, weight_decay, self._device)
 
     def write(self, probes: Sequence[Probe]) -> Keys:
         """The keys of the probes; writes them unless they are those of the last call."""
@@ -176,9 +175,9 @@ class DenseOnGPU(Dense):
         self._block = keys.block
         self._paired = is_paired(probes)
         self._places = {name: place for place, name in enumerate(space.parameters)}
-        self._reads = keys
+        self._of_probes = keys
         self._keys = keys.write(probes)
-        self._captured: set[Block] = set()  # in a graph a block takes the update that is due where it is read first
+        self.captured: set[Block] = set()  # in a graph a block takes the update that is due where it is read first
 
     def rows(self, ids_PN: Tensor, weight: Tensor) -> Tensor:
         """See `Weights.rows`."""
@@ -195,21 +194,21 @@ class DenseOnGPU(Dense):
     def _formed(self, parameter: Tensor, start: int, stop: int) -> Sequence[Tensor]:
         """See `Dense._formed`; in the same memory each time, and with the update that is due."""
         block = Block(self._read(parameter), start, stop)
-        self._reads.linear_blocks.add(block)
-        deferred, scratch = self._reads.deferred, self._keys.scratch.view(parameter.dtype)
-        update = None if deferred is None or block in self._captured else deferred.due(block)
+        self._of_probes.linear_blocks.add(block)
+        deferred, scratch = self._of_probes.deferred, self._keys.scratch.view(parameter.dtype)
+        update = None if deferred is None or block in self.captured else deferred.due(block)
         formed_PN = self._under_probes(parameter, start, stop, scratch, update)
         if update is not None and deferred is not None:
             if is_capturing(parameter):
-                self._captured.add(block)
+                self.captured.add(block)
             else:
                 deferred.taken(block)
         return formed_PN.unbind()
 
     def _read_otherwise(self, parameter: Tensor) -> str:
         name = self._read(parameter)
-        self._reads.read_otherwise.add(name)
-        deferred = self._reads.deferred
+        self._of_probes.read_otherwise.add(name)
+        deferred = self._of_probes.deferred
         if deferred is not None and name in deferred.names:
             if is_capturing(parameter):
                 raise RuntimeError(f"{name} is read in another way than before")

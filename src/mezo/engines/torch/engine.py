@@ -29,7 +29,7 @@ from mezo.adapter import canonical_name
 from mezo.engines.base import Loss, Work
 from mezo.engines.torch.batch import Padded, Reads, target_scores
 from mezo.engines.torch.buffer import ProbeBuffers
-from mezo.engines.torch.deferred import DeferredUpdate
+from mezo.engines.torch.deferred import DeferredUpdate, is_capturing
 from mezo.engines.torch.dense import Copies, Dense, DenseOnGPU, ProbeKeys, is_paired
 from mezo.engines.torch.generation import generate
 from mezo.engines.torch.graphs import Graphs, Shape, StaticInputs
@@ -38,9 +38,9 @@ from mezo.engines.torch.lora import BatchedLoRA
 from mezo.engines.torch.low_rank import LowRank
 from mezo.engines.torch.optimizer import Optimizer, load_state, save_state
 from mezo.engines.torch.perturbed import BATCHED_MODELS, PerturbedForward, Weights
-from mezo.engines.torch.reuse import Stage, TensorStore, cache_of_rows, rows_of_cache, shared_prefixes
+from mezo.engines.torch.reuse import Stage, TensorStore, cache_of_rows, reach, rows_of_cache, shared_prefixes
 from mezo.engines.torch.space import ParameterSpace, tensors_digest
-from mezo.errors import EngineError, is_out_of_memory
+from mezo.errors import EngineError, UserError, is_out_of_memory
 from mezo.estimator import UNPERTURBED, Probe, Record
 from mezo.kernels import gpu as gpu_kernels
 from mezo.objective import Example, TargetScores, TokenSequence, common_prefix, example_losses
@@ -132,6 +132,7 @@ class TorchEngine:
             self.space.optimizer = optimizer
         arguments = inspect.signature(self._transformer.forward).parameters
         self._is_decoder = "past_key_values" in arguments and not self._transformer.config.is_encoder_decoder
+        self._reach = reach(self._transformer.config) if self._is_decoder else 0.0
         self._accepted = {n for n in ("attention_mask", "position_ids", "use_cache") if n in arguments}
         # PEFT's prefix tuning brings keys and values of its own.
         self._has_prefix = isinstance(model, PeftModel) and model.peft_config["default"].is_prompt_learning
@@ -233,8 +234,10 @@ class TorchEngine:
         keys = self._keys
         if not self._defers or keys is None or not self._checked_reads:
             return None
-        if keys.deferred is None and keys.defer(num_records, self.weight_decay) and self._graphs is not None:
-            self._graphs.clear()  # captured without it
+        if keys.deferred is None:
+            keys.deferred = keys.new_deferred(num_records, self.weight_decay)
+            if self._graphs is not None and keys.deferred is not None:
+                self._graphs.clear()  # captured without it
         return keys.deferred if keys.deferred is not None and keys.deferred.num_records == num_records else None
 
     def _settle(self) -> None:
@@ -266,6 +269,7 @@ class TorchEngine:
     @torch.no_grad()
     def load(self, folder: Path) -> None:
         """See `Engine.load`."""
+        self._settle()
         if isinstance(self.model, PeftModel):
             weights = load_file(folder / SAFETENSORS_WEIGHTS_NAME)
             set_peft_model_state_dict(self.model, weights)
@@ -277,8 +281,6 @@ class TorchEngine:
                 self.space.parameters[name].copy_(parameter)
         if self._low_rank is not None:
             self._low_rank.reset()
-        if self._keys is not None and self._keys.deferred is not None:
-            self._keys.deferred.all_taken()
         self._changed()
 
     def num_parameters(self) -> int:
@@ -410,7 +412,6 @@ class TorchEngine:
             if not is_out_of_memory(error):
                 raise
         # Outside the handler, whose traceback holds the pass's tensors.
-        self._settle()
         self.work.computed, self.work.padding = before
         if self._graphs is not None:
             self._graphs.clear()
@@ -434,8 +435,10 @@ class TorchEngine:
         if any(s.adapter_start for s in sequences):
             return self._scores_activated(sequences, probes, greedy)
         stages = [Stage([s.input_ids for s in sequences], list(range(len(sequences))), [0] * len(sequences))]
-        if self._share and self._is_decoder and not self._has_prefix and self._frozen is None:
-            stages = shared_prefixes(examples, self._cost_of_pass(len(probes)))
+        if self._share and self._reach and not self._has_prefix and self._frozen is None:
+            cut = shared_prefixes(examples, self._cost_of_pass(len(probes)))
+            if sum(max(map(len, stage.chunks)) for stage in cut) <= self._reach:
+                stages = cut
         if len(stages) == 1 and not greedy and self._is_static(stages[0], probes):
             self.work.computed += len(probes) * stages[0].num_tokens
             return self._read_static(stages[0], sequences, probes, greedy)
@@ -447,7 +450,7 @@ class TorchEngine:
                 past = self._extend(past, stage, len(probes))
             scores = self._read(past, stages[-1], sequences, len(probes), greedy)
         reader = inside.weights if isinstance(inside, PerturbedForward) else self._lora
-        if probes[-1].scale != 0.0 and reader is not None and not self._checked_reads:
+        if any(p.scale != 0.0 for p in probes) and reader is not None and not self._checked_reads:
             self._report_unread(reader.read_names)
         share = 1.0 if self._frozen is None else 1.0 - self._frozen.share
         self.work.computed += share * len(probes) * sum(stage.num_tokens for stage in stages)
@@ -458,9 +461,15 @@ class TorchEngine:
     ) -> list[TargetScores]:
         """Scores of rows whose first tokens the adapter does not act on."""
         assert self._lora is not None
-        prefixes = self._prompts(sequences)
         starts = [s.adapter_start for s in sequences]
         chunks = [s.input_ids[start:] for s, start in zip(sequences, starts, strict=True)]
+        longest = max(starts) + max(map(len, chunks))
+        if longest > self._reach:
+            raise UserError(
+                f"lora_variant alora: {longest} tokens of prompt and answer are more than the {self._reach:g} of the "
+                "model's sliding window; set a shorter max_length"
+            )
+        prefixes = self._prompts(sequences)
         stage = Stage(chunks, list(range(len(sequences))), starts)
         self.work.computed += len(probes) * stage.num_tokens
         if self._graphs is not None and self._share:
@@ -498,28 +507,34 @@ class TorchEngine:
         positions = max((p.shape[3] for p in prefixes), default=0)
         num_reads, num_targets = len(reads.row_Q), len(reads.token_T)
         sizes = (num_rows, tokens, positions, num_reads, num_targets)
-        shape = Shape.of(len(probes), is_paired(probes), *sizes, greedy)
+        moved = not isinstance(self._perturbed(probes), nullcontext)  # writes the parameters, which no graph must hold
+        shape = Shape.of(len(probes), is_paired(probes), moved, *sizes, greedy)
         self.work.padding += len(probes) * (shape.rows * shape.tokens - stage.num_tokens)
         static = self._graphs.inputs(shape, prefixes[0] if prefixes else None)
         static.fill(rows, reads, self._pad, prefixes)
-        self._perturbed(probes)  # writes the parameters, which must not be captured
+        deferred = None if self._keys is None else self._keys.deferred
 
         def forward(static: StaticInputs) -> Tensor:
             arguments = static.arguments(self.model.dtype, encoder=not self._is_decoder)
             if "use_cache" in self._accepted:
                 arguments.setdefault("use_cache", False)
             row_Q, position_Q = static.reads.places(len(probes), shape.rows)
-            with self._perturbed(probes), _LastHidden(self._transformer, row_Q, position_Q):
+            with self._perturbed(probes) as inside, _LastHidden(self._transformer, row_Q, position_Q):
                 logits = self._transformer(**arguments).logits
+            if deferred is not None:
+                weights = inside.weights if isinstance(inside, PerturbedForward) else None
+                if is_capturing(logits):
+                    deferred.captured(shape, weights.captured if isinstance(weights, DenseOnGPU) else ())
+                else:
+                    deferred.settle(partly=True)  # before what was captured after it is replayed
             logits_QV = logits[row_Q] if logits.ndim == 2 else logits[0]
             return static.reads.scores(logits_QV, len(probes), greedy=greedy)
 
-        deferred = None if self._keys is None else self._keys.deferred
         if deferred is not None:
             deferred.settle(partly=True)
         scores = self._graphs.run(shape, forward)
         if deferred is not None and self._graphs.is_captured(shape):
-            deferred.all_taken()
+            deferred.replayed(shape)
         return target_scores(scores, len(reads.token_T))
 
     def _prompts(self, sequences: Sequence[TokenSequence]) -> list[Tensor]:

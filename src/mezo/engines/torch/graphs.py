@@ -34,6 +34,7 @@ class Shape(NamedTuple):
 
     probes: int
     paired: bool
+    moved: bool  # reads weights under the probes, not the model's own
     rows: int
     tokens: int
     positions: int
@@ -43,12 +44,13 @@ class Shape(NamedTuple):
 
     @classmethod
     def of(
-        cls, probes: int, paired: bool, rows: int, tokens: int, positions: int, reads: int, targets: int, greedy: bool
-    ) -> Shape:
+        cls, probes: int, paired: bool, moved: bool, rows: int, tokens: int, positions: int, reads: int, targets: int,
+        greedy: bool,
+    ) -> Shape:  # fmt: skip
         """The bucket of a batch. At most a fifth of the rows is padding."""
         rows = _up(rows, 1 << max(0, rows.bit_length() - 3))
-        reads, targets = _up(reads, _READS), _up(targets, _READS)
-        return cls(probes, paired, rows, _up(tokens, _TOKENS), _up(positions, _POSITIONS), reads, targets, greedy)
+        tokens, positions = _up(tokens, _TOKENS), _up(positions, _POSITIONS)
+        return cls(probes, paired, moved, rows, tokens, positions, _up(reads, _READS), _up(targets, _READS), greedy)
 
 
 def _up(value: int, step: int) -> int:

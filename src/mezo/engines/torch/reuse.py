@@ -6,15 +6,32 @@ computed with. Shapes: R rows, S positions, L layers, H key/value heads, D dimen
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, PretrainedConfig
 
 from mezo.objective import Example, common_prefix
+
+# Decoders that find keys by mask and position ids alone, so that padding may stand between a prompt and what goes on
+# from it: tested. Others count places (MPT, GPT-Neo), take no mask of four dimensions (Bloom) or keep states.
+PADDED_CACHES = frozenset(
+    "llama mistral mixtral qwen2 qwen3 phi3 gemma gemma2 gemma3_text opt gpt2 gpt_neox gptj".split()
+)
+
+
+def reach(config: PretrainedConfig) -> float:
+    """Places within which a decoder's keys may be padded: a sliding window's, all (inf), or none (0)."""
+    text = config.get_text_config()
+    layers = set(getattr(text, "layer_types", None) or ())
+    if text.model_type not in PADDED_CACHES or not layers <= {"full_attention", "sliding_attention"}:
+        return 0.0
+    window = getattr(text, "sliding_window", None)
+    return math.inf if window is None or layers == {"full_attention"} else float(window)
 
 
 class TensorStore:

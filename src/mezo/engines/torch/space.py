@@ -78,9 +78,11 @@ class ParameterSpace:
         """
         learning_rate = records[0].learning_rate
         if self.optimizer is not None:
+            assert names is None
             self._update_by(self.optimizer, records, 1.0 - learning_rate * weight_decay)
             return
         if all(p.dtype == torch.float32 for p in self.parameters.values()):
+            assert names is None
             self._update_float32(records, 1.0 - learning_rate * weight_decay)
             return
         chosen = self.parameters if names is None else {name: self.parameters[name] for name in names}

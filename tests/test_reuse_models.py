@@ -1,0 +1,158 @@
+"""Reuse on every decoder that it is turned on for, beyond sliding windows, and on decoders that it is not."""
+
+import copy
+import random
+
+import pytest
+import torch
+import transformers
+
+from mezo.activation import activate
+from mezo.adapter import add_adapter
+from mezo.config import MeZOConfig
+from mezo.engines.torch.engine import TorchEngine
+from mezo.engines.torch.graphs import Graphs
+from mezo.engines.torch.reuse import PADDED_CACHES, reach
+from mezo.errors import UserError
+from mezo.estimator import TwoPoint
+from mezo.objective import Example, Target, TokenSequence
+
+INVOCATION = [7]
+SIZES = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+GROUPED = {**SIZES, "num_key_value_heads": 2, "max_position_embeddings": 256}
+HEADS = {**GROUPED, "head_dim": 8}
+OTHER_NAMES = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256, "vocab_size": 64}
+CONFIGS = {
+    "llama": GROUPED, "mistral": {**GROUPED, "sliding_window": None}, "qwen2": GROUPED, "qwen3": HEADS, "gemma": HEADS,
+    "mixtral": {**GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
+    "phi3": {**GROUPED, "pad_token_id": 1}, "gemma2": HEADS, "gemma3_text": HEADS, "gpt2": OTHER_NAMES,
+    "opt": {**SIZES, "ffn_dim": 48, "word_embed_proj_dim": 32, "max_position_embeddings": 256},
+    "gpt_neox": {**SIZES, "max_position_embeddings": 256}, "gptj": {**OTHER_NAMES, "rotary_dim": 4},
+}  # fmt: skip
+WINDOWED = {
+    "mistral": {**GROUPED, "sliding_window": 6},
+    "gemma2": {**HEADS, "sliding_window": 6},
+    "gemma3_text": {**HEADS, "sliding_window": 6},
+    "qwen2": {**GROUPED, "sliding_window": 6, "use_sliding_window": True, "max_window_layers": 0},
+}
+OTHERS = {
+    "mpt": {"vocab_size": 64, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 256},
+    "gpt_neo": {"vocab_size": 64, "hidden_size": 32, "num_layers": 2, "attention_types": [[["global", "local"], 1]],
+                "num_heads": 4, "window_size": 6, "max_position_embeddings": 256},
+    "bloom": {"vocab_size": 64, "hidden_size": 32, "n_layer": 2, "n_head": 4},
+    "lfm2": {**GROUPED, "layer_types": ["conv", "full_attention"]},
+}  # fmt: skip
+TOLERANCE = 1e-5
+
+
+class NoTokenizer:
+    pad_token_id = 1
+
+
+def make_model(model_type, sizes):
+    config = transformers.AutoConfig.for_model(model_type, **sizes)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(config).eval()
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                torch.nn.init.normal_(parameter.data, std=0.25)
+    return model
+
+
+def make_examples(lengths, ending=()):
+    """Prompts with a common beginning of 4 tokens and three options each."""
+    generator = random.Random(0)
+    beginning = generator.choices(range(10, 30), k=4)
+    examples = []
+    for length in lengths:
+        prompt, rows = [*beginning, *generator.choices(range(10, 30), k=length), *ending], []
+        for option in range(3):
+            answer = generator.choices(range(10, 30), k=1 + option)
+            targets = tuple(Target(len(prompt) - 1 + i, token, option) for i, token in enumerate(answer))
+            rows.append(TokenSequence((*prompt, *answer), targets))
+        examples.append(Example(tuple(rows), 0))
+    return examples
+
+
+def losses(model, examples, share, monkeypatch):
+    monkeypatch.setattr(TorchEngine, "_pass_cost", 0)
+    monkeypatch.setattr(TorchEngine, "_groups", lambda _, some, *__: [list(range(len(some)))])
+    engine = TorchEngine(copy.deepcopy(model), NoTokenizer(), share=share)
+    return engine.losses(examples, TwoPoint(0, 1e-2).probes(0)), engine.work
+
+
+def test_every_decoder_of_the_list_is_tested():
+    assert set(CONFIGS) == PADDED_CACHES
+
+
+@pytest.mark.parametrize("model_type", CONFIGS)
+def test_shared_prefixes(model_type, monkeypatch):
+    model, examples = make_model(model_type, CONFIGS[model_type]), make_examples((3, 9, 14))
+    found, work = losses(model, examples, True, monkeypatch)
+    expected, _ = losses(model, examples, False, monkeypatch)
+    assert (found - expected).abs().max() < TOLERANCE
+    assert work.computed < 0.7 * work.asked
+
+
+@pytest.mark.parametrize("model_type", WINDOWED)
+def test_rows_beyond_a_sliding_window_are_not_cut(model_type, monkeypatch):
+    model = make_model(model_type, WINDOWED[model_type])
+    assert reach(model.config) == 6
+    wide = make_model(model_type, {**WINDOWED[model_type], "sliding_window": 64})
+    for of, shares in ((model, False), (wide, True)):
+        found, work = losses(of, make_examples((3, 9, 14)), True, monkeypatch)
+        expected, _ = losses(of, make_examples((3, 9, 14)), False, monkeypatch)
+        assert (found - expected).abs().max() < TOLERANCE
+        assert (work.computed < work.asked) == shares
+
+
+@pytest.mark.parametrize("model_type", OTHERS)
+def test_other_decoders_compute_everything(model_type, monkeypatch):
+    model, examples = make_model(model_type, OTHERS[model_type]), make_examples((3, 9, 14))
+    found, work = losses(model, examples, True, monkeypatch)
+    assert work.computed == work.asked and torch.isfinite(found).all()
+    assert torch.equal(found, losses(model, examples, False, monkeypatch)[0])
+
+
+def adapted(model, **more):
+    config = MeZOConfig(
+        model_name_or_path="", use_peft=True, lora_variant="alora", alora_invocation_tokens=INVOCATION, **more
+    )
+    peft_model = add_adapter(model.requires_grad_(False), config, "causal_lm")
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        for name, parameter in peft_model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter.data, std=0.3)
+    return peft_model
+
+
+@pytest.mark.parametrize("static", [False, True], ids=["plain", "as on a GPU"])
+@pytest.mark.parametrize("model_type", CONFIGS)
+def test_activated_lora_is_pefts(model_type, static, monkeypatch):
+    """Rows of different lengths in one pass, against PEFT's own forward of each row."""
+    targets = {"lora_target_modules": ["qkv_proj"]} if model_type == "phi3" else {}
+    model = adapted(make_model(model_type, CONFIGS[model_type]), **targets)
+    examples = activate(make_examples((3, 9, 14), INVOCATION), INVOCATION)
+    monkeypatch.setattr(TorchEngine, "_groups", lambda _, some, *__: [list(range(len(some)))])
+    engine = TorchEngine(model, NoTokenizer())
+    engine._graphs = Graphs(torch.device("cpu")) if static else None
+    found = engine.score(examples).logprobs_T
+    expected = []
+    with torch.no_grad():
+        for sequence in (s for e in examples for s in e.sequences):
+            logits = model(input_ids=torch.tensor([sequence.input_ids])).logits[0].log_softmax(dim=-1)
+            expected += [logits[t.position, t.token] for t in sequence.targets]
+    assert (found - torch.stack(expected)).abs().max() < TOLERANCE
+
+
+def test_activated_lora_says_where_it_does_not_reach():
+    with pytest.raises(UserError, match="does not know the keys and values of 'lfm2' models"):
+        adapted(make_model("lfm2", OTHERS["lfm2"]), lora_target_modules=["q_proj"])
+    model = make_model("gemma2", WINDOWED["gemma2"])
+    with pytest.raises(UserError, match="on SGLang: a model some of whose layers see a sliding window"):
+        adapted(copy.deepcopy(model), engine="sglang")
+    engine = TorchEngine(adapted(model), NoTokenizer())
+    with pytest.raises(UserError, match="are more than the 6 of the model's sliding window; set a shorter max_length"):
+        engine.score(activate(make_examples((3,), INVOCATION), INVOCATION))
