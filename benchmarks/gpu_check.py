@@ -104,7 +104,9 @@ def segments_equal() -> bool:
     return same and torch.equal(*copies)
 
 
-def engine_on(device: str, dtype: torch.dtype = torch.float32, low_rank: tuple[int, int] | None = None) -> TorchEngine:
+def engine_on(
+    device: str, dtype: torch.dtype = torch.float32, low_rank: tuple[int, int] | None = None, weight_decay: float = 0.0
+) -> TorchEngine:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         config = BertConfig(
@@ -112,7 +114,7 @@ def engine_on(device: str, dtype: torch.dtype = torch.float32, low_rank: tuple[i
             vocab_size=3000,
         )  # fmt: skip
         model = BertForSequenceClassification(config)
-    return TorchEngine(model.eval().to(device, dtype), NoTokenizer(), low_rank=low_rank)
+    return TorchEngine(model.eval().to(device, dtype), NoTokenizer(), low_rank=low_rank, weight_decay=weight_decay)
 
 
 def examples() -> list[Example]:
@@ -151,21 +153,49 @@ def graphs_close(low_rank: tuple[int, int] | None = None, *, formed: bool = Fals
     return captured > 0 and graphs.digest() == plain.digest()
 
 
-def deferred_equal(dtype: torch.dtype) -> bool:
-    """Updates that wait for the next pass, plain or captured, leave the bits of updates that don't."""
-    waiting, prompt, rows = engine_on("cuda", dtype), engine_on("cuda", dtype), examples()
-    prompt._graphs = None
+def deferred_equal(dtype: torch.dtype, queries: int = 1) -> bool:
+    """Updates that wait for the next pass, plain or captured, leave the bits of updates that don't, and the losses.
+
+    Several queries go with weight decay and with layers formed in blocks.
+    """
+    waiting, prompt = (engine_on("cuda", dtype, weight_decay=0.1 * (queries > 1)) for _ in range(2))
+    estimator, rows = TwoPoint(0, 1e-2, queries), examples()
     with waiting.deferring():
         for step in range(14):
-            batch, probes = rows[: (16, 9, 4)[step % 3]], TwoPoint(0, 1e-3).probes(step)
+            batch, probes = rows[: (16, 9, 4)[step % 3]], estimator.probes(step)
+            losses = []
             for engine in (waiting, prompt):
-                engine.losses(batch, probes)
-                engine.update([Record(step, probes[0].seed, 0.0, 0.0, 0.5, 1e-3, 1, len(batch))])
+                if queries > 1 and engine._keys is not None:
+                    engine._keys.block = 1 << 14
+                losses.append(engine.losses(batch, probes))
+                seeds = enumerate(probe.seed for probe in probes[::2])
+                engine.update([Record(step, s, 0.0, 0.0, 0.5, 2e-2, 1, len(batch), q, queries) for q, s in seeds])
+            # The same kernels on the same shapes; weights one update behind would show as some hundredths.
+            if (losses[0] - losses[1]).abs().max() > 1e-3:
+                return False
             if step in (6, 12) and waiting.digest() != prompt.digest():
                 return False
     assert waiting._keys is not None and waiting._keys.deferred is not None and waiting._graphs is not None
     captured = sum(kept.graph is not None for kept in waiting._graphs._kept.values())
     return captured > 0 and waiting.digest() == prompt.digest()
+
+
+def updated_probes_equal(dtype: torch.dtype) -> bool:
+    """A large tensor that is updated and then formed under probes by one kernel, against the CPU's two steps."""
+    start = torch.linspace(-0.05, 0.05, 3_000_000).to(dtype).view(-1, 1000)
+    record = Record(0, 7, 0.0, 0.0, 0.7, 1e-3, 1, 1)
+    space = ParameterSpace({"w": start.clone()})
+    space.update([record], weight_decay=0.1)
+    weights, one = start.cuda().view(-1), torch.ones(1, device="cuda")
+    update = gpu.Update(
+        one.int(), gpu.seeds_on([7], one.device), one * space.factors("w", [record])[0], one * (1 - 1e-3 * 0.1), True,
+        philox.stream_id("rounding", "w"),
+    )  # fmt: skip
+    seeds, factors = gpu.seeds_on([5, 5], one.device), torch.tensor([1e-3, -1e-3], device="cuda")
+    stream, expected = philox.stream_id("direction", "w"), space.parameters["w"].view(-1)
+    found_PN = gpu.perturb(weights, 0, seeds, factors, stream, paired=True, update=update)
+    probes = [philox.add_normals(expected, f, 5, stream, 0).to(dtype) for f in (1e-3, -1e-3)]
+    return torch.equal(weights.cpu(), expected) and torch.equal(found_PN.cpu(), torch.stack(probes))
 
 
 def weights_untouched(dtype: torch.dtype) -> bool:
@@ -264,6 +294,8 @@ def main() -> int:
             checks[f"{what}, {dtype}"] = functools.partial(check, dtype)
         if dtype != torch.float32:
             checks[f"deferred updates equal, {dtype}"] = functools.partial(deferred_equal, dtype)
+            checks[f"deferred updates equal, 2 queries, {dtype}"] = functools.partial(deferred_equal, dtype, 2)
+            checks[f"update and probes from one kernel equal, {dtype}"] = functools.partial(updated_probes_equal, dtype)
         checks[f"low rank: replay equal on GPU and CPU, {dtype}"] = functools.partial(replays, dtype, (2, 6))
         checks[f"update, GB/s, {dtype}"] = functools.partial(bandwidth, updated, dtype)
         checks[f"both signs, GB/s, {dtype}"] = functools.partial(bandwidth, both_signs, dtype)
