@@ -19,8 +19,8 @@ pytestmark = pytest.mark.skipif(
 @pytest.mark.parametrize(
     "options",
     [
-        {"num_steps": 200, "lora_rank": 8, "learning_rate": 1e-3, "head_learning_rate": 1e-2, "seed": 43},
-        {"num_steps": 400, "learning_rate": 3e-5, "head_learning_rate": 1e-2},
+        {"num_steps": 120, "lora_rank": 8, "learning_rate": 1e-3, "head_learning_rate": 2e-2, "seed": 43},
+        {"num_steps": 150, "learning_rate": 3e-5, "head_learning_rate": 2e-2, "seed": 43},
     ],
     ids=["lora", "full"],
 )
