@@ -376,7 +376,7 @@ def test_a_run_with_reuse_is_a_run_without(model_folder, tmp_path, variant):
     facts = summary(runs[True])
     assert {facts[key] == last[key] for key in ("tokens_computed", "reuse_percent", "seconds_saved")} == {True}
     assert facts["steps"] == "12 of 12"
-    name = "model.safetensors" if variant == "layers" else "adapter_model.safetensors"
+    name = "adapter_model.safetensors" if "lora_rank" in options else "model.safetensors"
     ours, theirs = (load_file(str(runs[reuse] / name)) for reuse in (True, False))
     assert all((ours[n] - t).abs().max() < 2e-4 for n, t in theirs.items())
     again = load_file(str(replay(runs[True], tmp_path / "again") / name))
