@@ -49,7 +49,7 @@ class DeferredUpdate:
         weight_decay: float,
         device: torch.device,
     ):
-        self.names = {name: place for place, name in enumerate(dict.fromkeys(block.name for block in blocks))}
+        self.names = {name: place for place, name in enumerate(dict.fromkeys(block.name for block in sorted(blocks)))}
         self.num_records = num_records
         self._space = space
         self._blocks = frozenset(blocks)
