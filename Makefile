@@ -22,7 +22,7 @@ demo: setup
 	$(BIN)/python examples/demo/demo.py
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 # SGLang's real engine on a CPU, in an environment of its own: its versions of torch and transformers are fixed.
 test-sglang: .venv-sglang/.installed
