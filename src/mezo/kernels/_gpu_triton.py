@@ -98,6 +98,13 @@ def _store_probes(out_ptr, place, step, base, block, inside, seed, factor, seeds
             tl.store(out_ptr + place, (base - moved).to(out_ptr.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _elements(first_block, block, width, BLOCKS: tl.constexpr):
+    """Counters of the blocks from `block` on, places of their normals in a tensor, and which of those it has."""
+    i = block * 8 + tl.arange(0, 8 * BLOCKS)
+    return tl.cast(first_block, tl.int64) + block + tl.arange(0, BLOCKS), i, i < width
+
+
 @triton.jit(do_not_specialize=["first_block", "stream"])
 def perturb(
     out_ptr, base_ptr, first_block, width, seeds_ptr, factors_ptr, stream,
@@ -107,9 +114,7 @@ def perturb(
     seed, factor = tl.load(seeds_ptr), tl.load(factors_ptr)
     first = tl.program_id(0) * REPEAT * BLOCKS
     for block in range(first, min(first + REPEAT * BLOCKS, (width + 7) // 8), BLOCKS):
-        counter = tl.cast(first_block, tl.int64) + block + tl.arange(0, BLOCKS)
-        i = block * 8 + tl.arange(0, 8 * BLOCKS)
-        inside = i < width
+        counter, i, inside = _elements(first_block, block, width, BLOCKS)
         base = tl.load(base_ptr + i, mask=inside).to(tl.float32)
         _store_probes(out_ptr, i, width, base, counter, inside, seed, factor, seeds_ptr, factors_ptr, stream,
                       PROBES, PAIRED)  # fmt: skip
@@ -234,9 +239,7 @@ def update_and_perturb(
     seed, factor = tl.load(seeds_ptr), tl.load(factors_ptr)
     first = tl.program_id(0) * REPEAT * BLOCKS
     for block in range(first, min(first + REPEAT * BLOCKS, (width + 7) // 8), BLOCKS):
-        counter = tl.cast(first_block, tl.int64) + block + tl.arange(0, BLOCKS)
-        i = block * 8 + tl.arange(0, 8 * BLOCKS)
-        inside = i < width
+        counter, i, inside = _elements(first_block, block, width, BLOCKS)
         value = tl.load(weight_ptr + i, mask=inside)
         if pending != 0:
             value = _updated(value, counter, keep, stream, update_seed, update_factor, update_seeds_ptr,
