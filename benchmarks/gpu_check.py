@@ -18,11 +18,12 @@ from pathlib import Path
 
 import torch
 from provenance import provenance
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification, OPTConfig, OPTForCausalLM
 
 from mezo import philox
 from mezo.engines.torch.dense import ProbeKeys
 from mezo.engines.torch.engine import TorchEngine
+from mezo.engines.torch.graphs import Graphs
 from mezo.engines.torch.space import ParameterSpace
 from mezo.estimator import Probe, Record, TwoPoint
 from mezo.kernels import gpu
@@ -43,7 +44,7 @@ def words_equal() -> bool:
 
 def normals_equal() -> bool:
     starts = torch.tensor([0, 3, 1021, (1 << 34) + 1])
-    for width in (1, 255, 1024, 300_001, 1 << 24):  # the last one meets every entry of the tables
+    for width in (1, 255, 1024, 300_001, 1 << 22):
         expected = philox.reference_normals(9, STREAM, starts, width)
         for function in (philox.normals, philox.reference_normals):
             if not torch.equal(function(9, STREAM, starts.cuda(), width).cpu(), expected):
@@ -70,6 +71,12 @@ def all_probes_equal(dtype: torch.dtype) -> bool:
             if not torch.equal(found.cpu(), torch.stack(expected)):
                 return False
     expected = [philox.add_normals(base, f, s, STREAM, 0).to(dtype).view(64, 512) for s, f in probes]
+    small = gpu.Small.of([base.cuda(), base[:77].cuda()], [STREAM, STREAM], [0, 0], torch.device("cuda"))
+    found = torch.empty(4, small.size, dtype=dtype, device="cuda")
+    gpu.perturb_many(small, found, seeds, factors.cuda()[None], paired=True)
+    for place in small.places:
+        if not torch.equal(found[:, place].cpu(), torch.stack(expected).view(4, -1)[:, : place.stop - place.start]):
+            return False
     ids = torch.randint(0, 64, (4, 100), generator=torch.Generator().manual_seed(0))
     rows = gpu.perturb_rows(base.view(64, 512).cuda(), ids.cuda(), seeds, factors.cuda(), STREAM)
     return torch.equal(rows.cpu(), torch.stack([t[i] for t, i in zip(expected, ids, strict=True)]))
@@ -180,6 +187,30 @@ def deferred_equal(dtype: torch.dtype, queries: int = 1) -> bool:
     return captured > 0 and waiting.digest() == prompt.digest()
 
 
+def branches_equal(low_rank: tuple[int, int] | None = None) -> bool:
+    """Captured passes, with branches beside the rest, against the same kernels in one order; layers of real size."""
+    config = OPTConfig(
+        hidden_size=4096, word_embed_proj_dim=4096, ffn_dim=16384, num_hidden_layers=6, num_attention_heads=32,
+        vocab_size=999,
+    )  # fmt: skip
+    with torch.device("cuda"):
+        model = OPTForCausalLM._from_config(config, dtype=torch.bfloat16).eval()
+    engine = TorchEngine(model, NoTokenizer(), low_rank=low_rank)
+    ids = torch.randint(1, 999, (4, 128), generator=torch.Generator().manual_seed(0)).tolist()
+    rows = [Example((TokenSequence(tuple(row), (Target(126, row[-1], 0),)),)) for row in ids]
+    captured, ordered = (Graphs(torch.device("cuda")) for _ in range(2))
+    ordered._captures = False
+    apart, signs = 0.0, 0.0
+    for step in range(20):
+        losses = []
+        for engine._graphs in (captured, ordered):
+            losses.append(engine.losses(rows, TwoPoint(0, 1e-2).probes(step)))
+        apart = max(apart, float((losses[0] - losses[1]).abs().max()))
+        signs = max(signs, float((losses[1][0] - losses[1][1]).abs().max()))
+    print(f"captured and ordered passes differ by {apart:.1e}, both signs by {signs:.1e}")
+    return apart < signs / 100 and all(kept.graph is not None for kept in captured._kept.values())
+
+
 def updated_probes_equal(dtype: torch.dtype) -> bool:
     """A large tensor that is updated and then formed under probes by one kernel, against the CPU's two steps."""
     start = torch.linspace(-0.05, 0.05, 3_000_000).to(dtype).view(-1, 1000)
@@ -187,8 +218,9 @@ def updated_probes_equal(dtype: torch.dtype) -> bool:
     space = ParameterSpace({"w": start.clone()})
     space.update([record], weight_decay=0.1)
     weights, one = start.cuda().view(-1), torch.ones(1, device="cuda")
+    ((factor,),) = space.factors([record], ["w"])
     update = gpu.Update(
-        one.int(), gpu.seeds_on([7], one.device), one * space.factors("w", [record])[0], one * (1 - 1e-3 * 0.1), True,
+        one.int(), gpu.seeds_on([7], one.device), one * factor, one * (1 - 1e-3 * 0.1), True,
         philox.stream_id("rounding", "w"),
     )  # fmt: skip
     seeds, factors = gpu.seeds_on([5, 5], one.device), torch.tensor([1e-3, -1e-3], device="cuda")
@@ -310,6 +342,8 @@ def main() -> int:
         "captured passes within 1e-5": graphs_close,
         "dense: captured passes within 1e-5": lambda: graphs_close(formed=True),
         "low rank: captured passes within 1e-5": lambda: graphs_close((2, 6)),
+        "dense: branches equal": branches_equal,
+        "low rank: branches equal": lambda: branches_equal((2, 50)),
         "copy, GB/s": functools.partial(bandwidth, copied, torch.float32),
     }
     results: dict[str, object] = {}

@@ -72,6 +72,30 @@ for (width, start, dtype), probes, paired in itertools.product(cases, (2, 4), (T
     )
 
 
+def test_perturb_many():
+    """Tensors of several sizes, each with its own factors, one of them longer than a program."""
+    interpreted(
+        ROUNDED
+        + """
+for dtype, probes, paired in itertools.product((torch.float32, torch.bfloat16), (1, 4), (True, False)):
+    if probes == 1 and paired:
+        continue
+    tensors = [base(width, dtype) for width in (5, 1500, 64)]
+    streams, numbers = [STREAM, 1, 2**63], [2, 0, 3]
+    factors_KP = torch.stack([factors * (k + 1) for k in range(4)])[:, :probes].contiguous()
+    small = gpu.Small.of(tensors, streams, numbers, torch.device("cpu"))
+    assert small.size == 64 + 1536 + 64 and small.largest == 1500
+    out = torch.full((probes, small.size), 9.0, dtype=dtype)
+    gpu.perturb_many(small, out, seeds[:probes], factors_KP, paired=paired)
+    for b, place, stream, number in zip(tensors, small.places, streams, numbers):
+        for p, seed in enumerate((SEED, SEED, 7, 7)[:probes]):
+            z = philox.reference_normals(seed, stream, torch.tensor([0]), len(b))[0]
+            assert torch.equal(out[p, place], rounded(b.float() + factors_KP[number, p] * z, dtype))
+    assert (out[:, 5:64] == 9.0).all()  # between them nothing is written
+"""
+    )
+
+
 def test_perturb_rows():
     interpreted(
         ROUNDED
@@ -286,6 +310,7 @@ class Emulated(Graphs):
                 made.append(weights[len(made)])
                 if made[-1] is not None:
                     made[-1].captured.clear()
+                    made[-1]._has_small = False
                 return made[-1]
             self.engine._weights, capturing[0] = formed, True
             try:

@@ -120,6 +120,26 @@ def perturb(
                       PROBES, PAIRED)  # fmt: skip
 
 
+@triton.jit(do_not_specialize=["step"])
+def perturb_many(
+    out_ptr, table_ptr, step, seeds_ptr, factors_ptr, PROBES: tl.constexpr, PAIRED: tl.constexpr, BLOCKS: tl.constexpr
+):  # fmt: skip
+    """out[p · step + place + i] = base[i] + factor[p] * z(seed[p], i) for each tensor of a table; program (group, row).
+
+    A row is (address, place, size, stream, row of `factors`).
+    """
+    row = table_ptr + tl.program_id(1) * 5
+    base_ptr = tl.load(row).to(tl.pointer_type(out_ptr.dtype.element_ty))
+    place, size, stream = tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
+    factors_ptr += tl.load(row + 4) * PROBES
+    block = tl.program_id(0) * BLOCKS
+    if block * 8 < size:
+        counter, i, inside = _elements(0, block, size, BLOCKS)
+        base = tl.load(base_ptr + i, mask=inside).to(tl.float32)
+        _store_probes(out_ptr, place + i, step, base, counter, inside, tl.load(seeds_ptr), tl.load(factors_ptr),
+                      seeds_ptr, factors_ptr, stream, PROBES, PAIRED)  # fmt: skip
+
+
 @triton.jit(do_not_specialize=["stream"])
 def perturb_rows(
     out_ptr, base_ptr, ids_ptr, num_rows, width, seeds_ptr, factors_ptr, stream, BLOCKS: tl.constexpr

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import itertools
 import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -23,6 +24,7 @@ _BLOCKS = 128  # counter blocks of a program: one for each thread
 REPEAT = 8  # times that a program of a large tensor does so
 _MANY = 1 << 21  # elements of a large tensor: enough for all of a GPU's processors
 _MANY_PIECES = 1 << 13  # pieces of tensors of which each is enough for one program
+_ALIGNED = 64  # elements between the places of small tensors: tensor cores want addresses that are
 PIECE = 1 << 16  # elements of a tensor that one row of a table covers; a multiple of what a program covers
 
 
@@ -96,6 +98,37 @@ def perturb(
                 _signed(update.rounding), DECAYS=update.decays, IS_BFLOAT16=base_N.dtype == torch.bfloat16, **sizes,
             )  # fmt: skip
     return out_PN
+
+
+class Small(NamedTuple):
+    """Small tensors of one type that `perturb_many` reads together."""
+
+    table: Tensor  # int64 [tensors, 5] on the device: address, place, size, stream, row of the factors
+    places: tuple[slice, ...]  # in the memory of one probe
+    size: int  # of that memory, in elements
+    largest: int  # elements of one of them
+
+    @classmethod
+    def of(
+        cls, tensors: Sequence[Tensor], streams: Sequence[int], numbers: Sequence[int], device: torch.device
+    ) -> Small:
+        """Args: the tensors; their streams of z; their rows in `factors_KP`; where they are."""
+        sizes = [t.numel() for t in tensors]
+        *starts, end = 0, *itertools.accumulate(-(-size // _ALIGNED) * _ALIGNED for size in sizes)
+        columns = ([t.data_ptr() for t in tensors], starts, sizes, list(map(_signed, streams)), numbers)
+        table = torch.tensor(columns, dtype=torch.int64).T.contiguous().to(device)
+        places = tuple(slice(start, start + size) for start, size in zip(starts, sizes, strict=True))
+        return cls(table, places, end, max(sizes, default=0))
+
+
+def perturb_many(small: Small, out_PN: Tensor, seeds_P: Tensor, factors_KP: Tensor, *, paired: bool) -> None:
+    """`perturb` of small tensors in one launch, into `out` of their type, `small.size` elements for each probe."""
+    groups = -(-small.largest // (_NORMALS * _BLOCKS))
+    with torch.cuda.device(out_PN.device):
+        _kernels().perturb_many[(groups, len(small.table))](
+            out_PN, small.table, small.size, seeds_P, factors_KP, PROBES=len(out_PN), PAIRED=paired, BLOCKS=_BLOCKS,
+            enable_fp_fusion=False,
+        )  # fmt: skip
 
 
 def perturb_rows(base_RD: Tensor, ids_PN: Tensor, seeds_P: Tensor, factors_P: Tensor, stream: int) -> Tensor:

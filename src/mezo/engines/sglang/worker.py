@@ -87,7 +87,7 @@ class Slots:
         if scale == 0.0:
             torch._foreach_copy_(self._rows, self._bases)
         else:
-            self._segments.add_normals([scale * self.space.scale(name, seed) for name in self._filled], seed)
+            self._segments.add_normals([scale * s for s in self.space.scales(seed, self._filled)], seed)
 
     def _copy_into(self, slot: int) -> None:
         sources: list[Tensor] = []

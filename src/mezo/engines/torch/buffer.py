@@ -47,8 +47,7 @@ class ProbeBuffers:
                 if probe.scale == 0.0:
                     torch._foreach_copy_(outs, self._bases)
                     continue
-                factors = [probe.scale * self._space.scale(name, probe.seed) for name in self._space.parameters]
-                segments.add_normals(factors, probe.seed)
+                segments.add_normals([probe.scale * scale for scale in self._space.scales(probe.seed)], probe.seed)
             buffer.written = tuple(probes)
         return buffer.flat_PN
 

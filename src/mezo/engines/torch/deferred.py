@@ -71,7 +71,7 @@ class DeferredUpdate:
         self.settle()
         self._space.update(records, self._weight_decay, self._others)
         self._seeds = [r.seed for r in records]
-        self._factors = {name: self._space.factors(name, records) for name in self.names}
+        self._factors = dict(zip(self.names, self._space.factors(records, self.names), strict=True))
         self._keep = 1.0 - records[0].learning_rate * self._weight_decay
         self._seeds_R.copy_(gpu.seeds_on(self._seeds, torch.device("cpu")))
         self._factors_KR.copy_(torch.tensor(list(self._factors.values())))

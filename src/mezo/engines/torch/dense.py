@@ -10,8 +10,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.cuda import Event
 
 from mezo import philox
+from mezo.engines.torch.branch import Branch
 from mezo.engines.torch.buffer import ProbeBuffers
 from mezo.engines.torch.deferred import Block, DeferredUpdate, is_capturing
 from mezo.engines.torch.space import ParameterSpace, direction_rows
@@ -108,6 +110,7 @@ class Keys(NamedTuple):
     seeds_P: Tensor
     factors_KP: Tensor  # of each parameter
     scratch: Tensor  # memory for the largest block of a layer under all probes
+    small_PN: Tensor  # vectors under all probes
 
 
 class ProbeKeys:
@@ -126,6 +129,14 @@ class ProbeKeys:
         matrices = [p.shape for p in space.parameters.values() if p.ndim == 2]
         self._largest = max((i * min(o, _rows_of_block(self.block, i)) for o, i in matrices), default=0)
         self._dtypes = {p.dtype for p in space.parameters.values() if p.ndim == 2}
+        vectors = {name: p for name, p in space.parameters.items() if p.ndim < 2}
+        self._small_dtype = next((p.dtype for p in vectors.values()), torch.float32)
+        small = {name: p for name, p in vectors.items() if p.dtype == self._small_dtype}
+        streams = [philox.stream_id("direction", name) for name in small]
+        numbers = [number for number, name in enumerate(space.parameters) if name in small]
+        self.small = gpu.Small.of(list(small.values()), streams, numbers, device)
+        self.places_of_small = dict(zip(small, self.small.places, strict=True))
+        self.branch = Branch(device)  # for forming a block beside the products of the block before
         self._kept: dict[int, Keys] = {}
         self._written: tuple[Probe, ...] = ()
         # How the passes so far have read each parameter.
@@ -151,13 +162,14 @@ class ProbeKeys:
             factors_KP = torch.empty(len(self._space.parameters), count, device=self._device)
             num_bytes = count * self._largest * max((d.itemsize for d in self._dtypes), default=0)
             scratch = torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
-            self._kept[count] = Keys(seeds_P, factors_KP, scratch)
+            small_PN = torch.empty(count, self.small.size, dtype=self._small_dtype, device=self._device)
+            self._kept[count] = Keys(seeds_P, factors_KP, scratch, small_PN)
             self._written = ()
-        seeds_P, factors_KP, _ = self._kept[count]
+        seeds_P, factors_KP, *_ = self._kept[count]
         if tuple(probes) != self._written:
             seeds_P.copy_(gpu.seeds_on([p.seed for p in probes], torch.device("cpu")))
-            scales = [[p.scale * self._space.scale(name, p.seed) for p in probes] for name in self._space.parameters]
-            factors_KP.copy_(torch.tensor(scales))
+            factors_PK = torch.tensor([[p.scale * scale for scale in self._space.scales(p.seed)] for p in probes])
+            factors_KP.copy_(factors_PK.T)
             self._written = tuple(probes)
         return self._kept[count]
 
@@ -178,6 +190,9 @@ class DenseOnGPU(Dense):
         self._of_probes = keys
         self._keys = keys.write(probes)
         self.captured: set[Block] = set()  # in a graph a block takes the update that is due where it is read first
+        self._has_small = False
+        self._before: Event | None = None  # where the last block was formed
+        self._half = 0  # of the scratch that it did not fill
 
     def rows(self, ids_PN: Tensor, weight: Tensor) -> Tensor:
         """See `Weights.rows`."""
@@ -188,22 +203,45 @@ class DenseOnGPU(Dense):
 
     def whole(self, parameter: Tensor) -> Tensor:
         """See `Weights.whole`."""
-        self._read_otherwise(parameter)
-        return self._under_probes(parameter, 0, parameter.numel(), None).view(self.num_probes, *parameter.shape)
+        place = self._of_probes.places_of_small.get(self._read_otherwise(parameter))
+        if place is None:
+            whole_PN = self._under_probes(parameter, 0, parameter.numel(), None)
+            return whole_PN.view(self.num_probes, *parameter.shape)
+        if not self._has_small:
+            self._has_small, keys = True, self._keys
+            gpu.perturb_many(self._of_probes.small, keys.small_PN, keys.seeds_P, keys.factors_KP, paired=self._paired)
+        return self._keys.small_PN[:, place].view(self.num_probes, *parameter.shape)
 
     def _formed(self, parameter: Tensor, start: int, stop: int) -> Sequence[Tensor]:
         """See `Dense._formed`; in the same memory each time, and with the update that is due."""
         block = Block(self._read(parameter), start, stop)
         self._of_probes.linear_blocks.add(block)
-        deferred, scratch = self._of_probes.deferred, self._keys.scratch.view(parameter.dtype)
+        deferred, branch = self._of_probes.deferred, self._of_probes.branch
         update = None if deferred is None or block in self.captured else deferred.due(block)
-        formed_PN = self._under_probes(parameter, start, stop, scratch, update)
+        scratch, free = self._scratch_for(self.num_probes * (stop - start), parameter.dtype)
+        with branch.after(free):
+            formed_PN = self._under_probes(parameter, start, stop, scratch, update)
+        branch.join()
         if update is not None and deferred is not None:
             if is_capturing(parameter):
                 self.captured.add(block)
             else:
                 deferred.taken(block)
         return formed_PN.unbind()
+
+    def _scratch_for(self, size: int, dtype: torch.dtype) -> tuple[Tensor, Event | None]:
+        """Memory for a block, and the point from which on it is free.
+
+        Blocks that fit into half of it take turns, so that one is formed while the products of the one before are
+        computed.
+        """
+        scratch, here = self._keys.scratch.view(dtype), self._of_probes.branch.here()
+        half = len(scratch) // 2 // _ALIGNED * _ALIGNED
+        if size > half:
+            self._before, self._half = None, 0
+            return scratch, here
+        free, self._before, self._half = self._before or here, here, 1 - self._half
+        return scratch[self._half * half :], free
 
     def _read_otherwise(self, parameter: Tensor) -> str:
         name = self._read(parameter)
@@ -220,8 +258,8 @@ class DenseOnGPU(Dense):
     ) -> Tensor:
         name = self._names[id(parameter)]
         theta_N = parameter.detach().view(-1)[start:stop]
-        seeds_P, factors_KP, _ = self._keys
-        factors_P, stream = factors_KP[self._places[name]], philox.stream_id("direction", name)
+        seeds_P, factors_P = self._keys.seeds_P, self._keys.factors_KP[self._places[name]]
+        stream = philox.stream_id("direction", name)
         return gpu.perturb(theta_N, start, seeds_P, factors_P, stream, paired=self._paired, out=out, update=update)
 
 

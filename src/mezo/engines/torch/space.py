@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -65,9 +65,20 @@ class ParameterSpace:
             norms[name] = direction_norm(seed, name, self.parameters[name].numel(), self.parameters[name].device)
         return width / norms[name]
 
-    def factors(self, name: str, records: Sequence[Record]) -> list[float]:
-        """What z of each record is multiplied by in the update of this tensor: −lr · coefficient, and its scale."""
-        return [-r.learning_rate * r.coefficient * self.scale(name, r.seed) for r in records]
+    def scales(self, seed: int, names: Iterable[str] | None = None) -> list[float]:
+        """`scale` of some tensors, of all if not given."""
+        names = self.parameters if names is None else names
+        if self.normalize_perturbations:
+            return [self.scale(name, seed) for name in names]
+        return [self.widths.get(name, 1.0) for name in names]
+
+    def factors(self, records: Sequence[Record], names: Collection[str]) -> list[list[float]]:
+        """What z of each record is multiplied by in the update of each tensor: −lr · coefficient, and its scale."""
+        columns = []
+        for record in records:
+            factor = -record.learning_rate * record.coefficient
+            columns.append([factor * scale for scale in self.scales(record.seed, names)])
+        return [list(row) for row in zip(*columns, strict=True)]
 
     def update(self, records: Sequence[Record], weight_decay: float, names: Collection[str] | None = None) -> None:
         """θ ← (1 − lr · weight_decay) θ − lr · Σ coefficient · z for one step's records, one per direction.
@@ -88,9 +99,8 @@ class ParameterSpace:
         chosen = self.parameters if names is None else {name: self.parameters[name] for name in names}
         if self._update_rounded(chosen, records, 1.0 - learning_rate * weight_decay):
             return
-        for name, parameter in chosen.items():
+        for (name, parameter), factors in zip(chosen.items(), self.factors(records, chosen), strict=True):
             keep = 1.0 - learning_rate * weight_decay if parameter.ndim >= 2 else 1.0
-            factors = self.factors(name, records)
             stream = philox.stream_id("direction", name)
             flat_N = parameter.detach().view(-1)
             for start, stop in chunks(flat_N.numel()):
@@ -110,7 +120,8 @@ class ParameterSpace:
             tensors = list(self.parameters.values())
             self._segments = philox.Segments(tensors, tensors, self.streams())
         for record in records:
-            self._segments.add_normals([self.factors(name, [record])[0] for name in self.parameters], record.seed)
+            factors = [factor for (factor,) in self.factors([record], self.parameters)]
+            self._segments.add_normals(factors, record.seed)
 
     def _update_rounded(self, chosen: Mapping[str, Tensor], records: Sequence[Record], keep: float) -> bool:
         """The same bits in one launch on a GPU, if all parameters are bfloat16 or all float16."""
@@ -125,7 +136,7 @@ class ParameterSpace:
         if key not in self._tables:
             streams, rounding = ([philox.stream_id(of, name) for name in chosen] for of in ("direction", "rounding"))
             self._tables[key] = gpu_kernels.weight_table(tensors, [p.ndim >= 2 for p in tensors], streams, rounding)
-        factors = [self.factors(name, records) for name in chosen]
+        factors = self.factors(records, chosen)
         gpu_kernels.update_many(self._tables[key], tensors[0].dtype, [r.seed for r in records], factors, keep)
         return True
 
@@ -141,9 +152,7 @@ class ParameterSpace:
         gradient_N, segments = self._gradient
         gradient_N.zero_()
         for record in records:
-            segments.add_normals(
-                [record.coefficient * self.scale(n, record.seed) for n in self.parameters], record.seed
-            )
+            segments.add_normals([record.coefficient * scale for scale in self.scales(record.seed)], record.seed)
         steps = (optimizer.step(gradient_N) * records[0].learning_rate).split(sizes)
         if keep != 1.0:
             torch._foreach_mul_([t for t in tensors if t.ndim >= 2], keep)
