@@ -75,7 +75,8 @@ METHODS: dict[str, tuple[dict[str, Any], float]] = {
 # Options beside those of another method, at whose learning rate they run.
 TWINS: dict[str, tuple[str, dict[str, Any]]] = {
     "mezo lora, bf16": ("mezo lora", {"dtype": "bfloat16"}),
-    f"fzoo, 8 queries, linear{THIRD}, bf16": (f"fzoo, 8 queries, linear{THIRD}", {"dtype": "bfloat16"}),
+    "mezo, bf16": ("mezo", {"dtype": "bfloat16"}),
+    "fzoo, 8 queries, bf16": ("fzoo, 8 queries", {"dtype": "bfloat16"}),
     "mezo lora, bf16, sglang": ("mezo lora", {"dtype": "bfloat16", "engine": "sglang"}),
 }
 NUM_RATES = 4
