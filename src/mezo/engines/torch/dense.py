@@ -10,10 +10,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.cuda import Event
 
 from mezo import philox
-from mezo.engines.torch.branch import Branch
 from mezo.engines.torch.buffer import ProbeBuffers
 from mezo.engines.torch.deferred import Block, DeferredUpdate, is_capturing
 from mezo.engines.torch.space import ParameterSpace, direction_rows
@@ -136,7 +134,6 @@ class ProbeKeys:
         numbers = [number for number, name in enumerate(space.parameters) if name in small]
         self.small = gpu.Small.of(list(small.values()), streams, numbers, device)
         self.places_of_small = dict(zip(small, self.small.places, strict=True))
-        self.branch = Branch(device)  # for forming a block beside the products of the block before
         self._kept: dict[int, Keys] = {}
         self._written: tuple[Probe, ...] = ()
         # How the passes so far have read each parameter.
@@ -168,8 +165,9 @@ class ProbeKeys:
         seeds_P, factors_KP, *_ = self._kept[count]
         if tuple(probes) != self._written:
             seeds_P.copy_(gpu.seeds_on([p.seed for p in probes], torch.device("cpu")))
-            factors_PK = torch.tensor([[p.scale * scale for scale in self._space.scales(p.seed)] for p in probes])
-            factors_KP.copy_(factors_PK.T)
+            seeds = {probe.seed for probe in probes}
+            scales = {seed: torch.tensor(self._space.scales(seed), dtype=torch.float64) for seed in seeds}
+            factors_KP.copy_(torch.stack([scale * scales[seed] for seed, scale in probes], dim=1))
             self._written = tuple(probes)
         return self._kept[count]
 
@@ -191,8 +189,6 @@ class DenseOnGPU(Dense):
         self._keys = keys.write(probes)
         self.captured: set[Block] = set()  # in a graph a block takes the update that is due where it is read first
         self._has_small = False
-        self._before: Event | None = None  # where the last block was formed
-        self._half = 0  # of the scratch that it did not fill
 
     def rows(self, ids_PN: Tensor, weight: Tensor) -> Tensor:
         """See `Weights.rows`."""
@@ -216,32 +212,15 @@ class DenseOnGPU(Dense):
         """See `Dense._formed`; in the same memory each time, and with the update that is due."""
         block = Block(self._read(parameter), start, stop)
         self._of_probes.linear_blocks.add(block)
-        deferred, branch = self._of_probes.deferred, self._of_probes.branch
+        deferred, scratch = self._of_probes.deferred, self._keys.scratch.view(parameter.dtype)
         update = None if deferred is None or block in self.captured else deferred.due(block)
-        scratch, free = self._scratch_for(self.num_probes * (stop - start), parameter.dtype)
-        with branch.after(free):
-            formed_PN = self._under_probes(parameter, start, stop, scratch, update)
-        branch.join()
+        formed_PN = self._under_probes(parameter, start, stop, scratch, update)
         if update is not None and deferred is not None:
             if is_capturing(parameter):
                 self.captured.add(block)
             else:
                 deferred.taken(block)
         return formed_PN.unbind()
-
-    def _scratch_for(self, size: int, dtype: torch.dtype) -> tuple[Tensor, Event | None]:
-        """Memory for a block, and the point from which on it is free.
-
-        Blocks that fit into half of it take turns, so that one is formed while the products of the one before are
-        computed.
-        """
-        scratch, here = self._keys.scratch.view(dtype), self._of_probes.branch.here()
-        half = len(scratch) // 2 // _ALIGNED * _ALIGNED
-        if size > half:
-            self._before, self._half = None, 0
-            return scratch, here
-        free, self._before, self._half = self._before or here, here, 1 - self._half
-        return scratch[self._half * half :], free
 
     def _read_otherwise(self, parameter: Tensor) -> str:
         name = self._read(parameter)

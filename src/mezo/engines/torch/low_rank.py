@@ -33,7 +33,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mezo import philox
-from mezo.engines.torch.branch import Branch
 from mezo.engines.torch.buffer import ProbeBuffers
 from mezo.engines.torch.optimizer import Optimizer
 from mezo.engines.torch.rounding import stochastic_round
@@ -96,7 +95,6 @@ class LowRank:
         lefts = {name: _num_rows(p) for name, p in matrices.items()} if subspace else {}
         self.left = _Bases(lefts, "left basis", rank, device)  # U of a subspace
         self.readers = Readers(_COLUMNS // rank)
-        self.branch = Branch(device)  # for x V beside x Wᵀ
         self._rights: dict[tuple[tuple[str, ...], torch.dtype], Tensor] = {}
         self._window_seed: int | None = None
         self._keep = 1.0  # what weight decay leaves of W
@@ -311,12 +309,9 @@ class LowRankProbes:
             right_Or = self._state.right_of((name,), weight.dtype)[:rank].T.float().contiguous()
             left_POr = right_Or.expand(self.num_probes, -1, -1)
         else:
-            left_POr = self._left(name)
-            with self._state.branch.after(self._state.branch.here()):
-                h_PNr = self._low(x_PNI, name)
+            h_PNr, left_POr = self._low(x_PNI, name), self._left(name)
         weight_IO = weight.detach() if transposed else weight.detach().T
         y_PNO = torch.matmul(x_PNI.flatten(0, 1), weight_IO).view(*x_PNI.shape[:2], -1)
-        self._state.branch.join()
         if self._state.keep != 1.0:
             y_PNO *= self._state.keep
         return LowRankSum(y_PNO, h_PNr, left_POr, bias_PO)
