@@ -369,11 +369,11 @@ class Prefill:
 
     def _order(self, body: Mapping[str, Any]) -> list[int]:
         """Rows of one probe after those of another, and sorted: of all rows before, the last one is most like a row."""
-        probes = {key: place for place, key in enumerate(dict.fromkeys(body["extra_key"]))}
+        probes = {name: place for place, name in enumerate(dict.fromkeys(body["lora_path"]))}
         rows = range(len(body["input_ids"]))
         if not self.shares_within_batch:
             return list(rows)
-        return sorted(rows, key=lambda n: (probes[body["extra_key"][n]], body["input_ids"][n]))
+        return sorted(rows, key=lambda n: (probes[body["lora_path"][n]], body["input_ids"][n]))
 
     def _finish(
         self, parts: Sequence[Callable[[], list[dict[str, Any]]]], order: Sequence[int]
