@@ -1,5 +1,6 @@
 """A job: random batches on one ModelRunner, with sharing and without."""
 
+import itertools
 import json
 import random
 from pathlib import Path
@@ -50,12 +51,21 @@ def run(model: str, out: str, start: str) -> None:
     generator, estimator = random.Random(0), TwoPoint(3, 0.05)
     engines = [engine_on(runner, model, start, share=share) for share in (True, False)]
     engines[0].wave_cost = 0
-    found: dict[str, Any] = {"difference": 0.0, "computed": [], "expected": [], "prompts": []}
+    found: dict[str, Any] = {"difference": 0.0, "computed": [], "expected": [], "prompts": [], "turns": []}
+    forward, adapters = versions.Prefill._forward, []
+
+    def observed(prefill: versions.Prefill, requests: list[Any], body: Any) -> Any:
+        adapters.extend(request.lora_id for request in requests)
+        return forward(prefill, requests, body)
+
+    versions.Prefill._forward = observed  # type: ignore[method-assign]
 
     def step(number: int, examples: list[Example]) -> int:
         probes = estimator.probes(number)
         before = engines[0].work.computed
+        adapters.clear()
         losses = [engine.losses(examples, probes) for engine in engines]
+        found["turns"].append(len([*itertools.groupby(adapters)]))
         found["difference"] = max(found["difference"], float((losses[0] - losses[1]).abs().max()))
         (outcome,) = estimator.outcomes(probes, [float(v) for v in losses[1].mean(dim=1)])
         for engine in engines:

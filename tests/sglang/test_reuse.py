@@ -50,6 +50,7 @@ def test_random_batches(reference, model_folder, tmp_path):
     found = json.loads(out.read_text())
     assert found["difference"] < 1e-5
     assert found["computed"] == found["expected"]  # no token more than necessary
+    assert set(found["turns"][:12]) == {4}  # with sharing and without: all rows of one probe, then all of the other
     assert sum(found["computed"]) < 0.8 * found["asked"][0]
     assert found["all_computed"][1] == found["asked"][1] == found["asked"][0]
     prompts = dict(found["prompts"])  # tokens of prompts that were computed in a step

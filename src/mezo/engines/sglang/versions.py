@@ -9,6 +9,7 @@ import logging
 import pickle  # nosec B403
 import re
 import sys
+from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -348,6 +349,7 @@ class Prefill:
         parts: list[Callable[[], list[dict[str, Any]]]] = []
         requests: list[Any] = []
         tokens = 0
+        body = {**body, "input_ids": [array("q", ids) for ids in body["input_ids"]]}
         order = self._order(body)
         try:
             for number in order:
@@ -368,12 +370,15 @@ class Prefill:
         return lambda: self._finish(parts, order)
 
     def _order(self, body: Mapping[str, Any]) -> list[int]:
-        """Rows of one probe after those of another, and sorted: of all rows before, the last one is most like a row."""
-        probes = {key: place for place, key in enumerate(dict.fromkeys(body["extra_key"]))}
+        """Rows of one probe after those of another, and sorted: of all rows before, the last one is most like a row.
+
+        Sorted by bytes, which compare faster than tokens: rows with a common beginning stand together all the same.
+        """
+        probes = {name: place for place, name in enumerate(dict.fromkeys(body["lora_path"]))}
         rows = range(len(body["input_ids"]))
         if not self.shares_within_batch:
             return list(rows)
-        return sorted(rows, key=lambda n: (probes[body["extra_key"][n]], body["input_ids"][n]))
+        return sorted(rows, key=lambda n: (probes[body["lora_path"][n]], body["input_ids"][n].tobytes()))
 
     def _finish(
         self, parts: Sequence[Callable[[], list[dict[str, Any]]]], order: Sequence[int]
@@ -405,8 +410,6 @@ class Prefill:
         return bool(tokens <= min(self._limit, room) and rows < pools[0].available_size())
 
     def _request(self, body: Mapping[str, Any], number: int) -> Any:
-        from array import array
-
         from sglang.srt.managers.schedule_batch import Req
         from sglang.srt.sampling.sampling_params import SamplingParams
 
@@ -415,7 +418,7 @@ class Prefill:
         request = Req(
             rid=f"mezo-{self._count}",
             origin_input_text="",
-            origin_input_ids=array("q", body["input_ids"][number]),
+            origin_input_ids=body["input_ids"][number],
             sampling_params=SamplingParams(**body["sampling_params"][number]),
             return_logprob=wanted,
             top_logprobs_num=body.get("top_logprobs_num", 0),
@@ -452,12 +455,12 @@ class Prefill:
             self._unlock(requests)
             raise
         try:
-            self._lend(requests, batch.req_pool_indices)
+            self._lend(requests, batch.req_pool_indices_cpu.tolist())
             if batch.input_ids is None:
-                batch.input_ids = batch.prefill_input_ids_cpu.to(batch.device)
+                batch.input_ids = batch.prefill_input_ids_cpu.to(batch.device, non_blocking=True)
                 batch.prefill_input_ids_cpu = None
             forward = ForwardBatch.init_new(batch, runner, return_hidden_states_before_norm=False)
-            with small_tiles(max(batch.extend_lens)):
+            with small_tiles(max(batch.extend_lens)), logprobs_in_one_go():
                 output = runner.forward(forward).logits_output
             counts = [
                 end - start for end, start in zip(batch.extend_lens, batch.extend_logprob_start_lens, strict=True)
@@ -471,23 +474,26 @@ class Prefill:
                 release_kv_cache(request, self._tree)
             runner.token_to_kv_pool_allocator.free_group_end()
 
-    def _lend(self, requests: Sequence[Any], pool_rows_R: Tensor) -> None:
+    def _lend(self, requests: Sequence[Any], pool_rows: Sequence[int]) -> None:
         """Enters lenders' slots into the table of slots for the rows that begin like them."""
-        loans = self._matches.loans
-        borrowers = [n for n, request in enumerate(requests) if id(request) in loans]
-        if not borrowers:
+        row_of = {id(request): row for request, row in zip(requests, pool_rows, strict=True)}
+        loans = {request: parts for request, parts in self._matches.loans.items() if request in row_of}
+        if not loans:
             return
-        numbers = {id(request): n for n, request in enumerate(requests)}
         table = self._runner.req_to_token_pool.req_to_token
         width = max(parts[-1][1] for parts in loans.values())
-        owner_BT = torch.tensor(borrowers)[:, None].repeat(1, width)  # row that fills a slot: by itself its own
-        for owner_T, borrower in zip(owner_BT, borrowers, strict=True):
+        runs: list[tuple[int, int]] = []  # of each borrower: its row of the table, then whose slots it has and how many
+        for borrower, parts in loans.items():
+            runs.append((row_of[borrower], 1))
             start = 0
-            for owner, stop in loans[id(requests[borrower])]:
-                owner_T[start:stop] = numbers[id(owner)]
+            for owner, stop in [*((id(request), stop) for request, stop in parts), (borrower, width)]:
+                runs.append((row_of[owner], stop - start))
                 start = stop
-        owner_BT = pool_rows_R[owner_BT.to(table.device)]
-        table[pool_rows_R[borrowers], :width] = table[owner_BT, torch.arange(width, device=table.device)]
+        row_N, count_N = torch.tensor(runs).unbind(1)
+        row_BT = row_N.repeat_interleave(count_N).view(len(loans), 1 + width)
+        if table.is_cuda:
+            row_BT = row_BT.pin_memory().to(table.device, non_blocking=True)  # does not wait for the batch before
+        table[row_BT[:, 0], :width] = table[row_BT[:, 1:], torch.arange(width, device=table.device)]
 
 
 @contextlib.contextmanager
@@ -511,6 +517,39 @@ def small_tiles(longest: int) -> Iterator[None]:
         yield
     finally:
         module._get_block_sizes_for_extend_attention = usual  # type: ignore[attr-defined]
+
+
+@contextlib.contextmanager
+def logprobs_in_one_go() -> Iterator[None]:
+    """Context in which SGLang computes log-probabilities of a batch's tokens without making the host wait.
+
+    Its own way picks positions by masks, whose number of rows the host must know: it could not prepare the next batch
+    while this one runs. Here all positions are read. The operations on them are the same.
+    """
+    from sglang.srt.layers import logprob_processor
+
+    processors = logprob_processor.InputLogprobProcessor
+    usual: Callable[..., tuple[Any, Tensor]] = processors._forward_by_chunk
+
+    def in_one_go(processor: Any, states_PH: Tensor, *others: Any) -> tuple[Any, Tensor]:
+        last_R, read_P, _, head, get_logits, metadata, chunk_size = others
+        all_read = len(read_P) == len(states_PH) <= chunk_size
+        if not all_read or metadata.extend_return_top_logprob or metadata.extend_token_ids_logprob:
+            return usual(processor, states_PH, *others)
+        logits_PV = get_logits(states_PH, head, metadata)
+        tokens = torch.arange(len(states_PH), device=states_PH.device), metadata.extend_input_logprob_token_ids_gpu
+        if getattr(processor, "enable_fast_input_logprobs", False):  # 0.5.20
+            largest_P, rest_P = logprob_processor.compute_row_log_normalizer(logits_PV)
+            logprobs_P = (logits_PV[tokens].float() - largest_P) - rest_P
+        else:
+            logprobs_P = torch.log_softmax(logits_PV, dim=-1)[tokens]
+        return logprob_processor.LogprobResult(token_logprobs=logprobs_P), logits_PV[last_R]
+
+    processors._forward_by_chunk = in_one_go
+    try:
+        yield
+    finally:
+        processors._forward_by_chunk = usual
 
 
 def _read(requests: Sequence[Any], counts: Sequence[int], output: Any, top: int) -> list[dict[str, Any]]:
