@@ -175,32 +175,98 @@ for name in start:
     )
 
 
-def test_low_rank_sum():
-    """Strided biases, h between other columns, L of several matrices, sizes that fill no program."""
-    interpreted("""
+LAYERS = """
+from mezo.engines.torch import low_rank
+from mezo.kernels import layers
 from mezo.kernels.layers import LowRankSum
+on_gpu = [True]
+layers.on_gpu = low_rank.on_gpu = lambda tensor: on_gpu[0]
 generator = torch.Generator().manual_seed(0)
 def randn(*size):
     return torch.randn(size, generator=generator)
-for probes, rows, out, rank in ((2, 33, 300, 2), (1, 5, 7, 3), (3, 64, 256, 1)):
+class Known:
+    def __init__(self, right):
+        self.right_rO, self.found = right, []
+    def made(self, *found):
+        self.found = found
+"""
+
+
+def test_low_rank_sum():
+    """Strided biases, h between other columns, L of several matrices, sizes that fill no program; what a function makes
+    of the sum, its product with what comes next, and the sum without y."""
+    interpreted(
+        LAYERS
+        + """
+for probes, rows, out, rank in ((2, 33, 300, 2), (1, 5, 7, 3), (3, 64, 256, 1), (1, 2, 1100, 4)):
     y, other = randn(2, probes, rows, out)
     h, left = randn(probes, rows, 8)[..., 1 : 1 + rank], randn(probes, out + 9, rank)[:, 9:]
     for bias in (None, randn(probes, 2 * out)[:, ::2], torch.ones(out).expand(probes, out)):
-        sums = LowRankSum(y, h, left, bias)
-        cases = (("", 1.0, None, None), ("relu", 1.0, None, None), ("silu", 0.3, None, None), ("", 1.0, other, None),
-                 ("", 1.0, None, other))
+        known = Known(randn(rank, out))
+        sums, both = LowRankSum(y, h, left, bias), LowRankSum(y, h, left, bias, known)
+        cases = ({}, {"function": "relu"}, {"function": "silu", "scale": 0.3}, {"plus_PNO": other},
+                 {"times_PNO": other})
         for case in cases:
-            gpu.enabled = lambda: False
-            expected = sums._write(torch.empty_like(y), *case)
-            gpu.enabled = lambda: True
-            assert (sums._on_gpu(torch.empty_like(y), *case) - expected).abs().max() < 1e-5
+            on_gpu[0] = False
+            expected = sums.then(**case)
+            on_gpu[0] = True
+            assert (sums.then(**case) - expected).abs().max() < 1e-5
+            assert (both.then(**case) - expected).abs().max() < 1e-5
+            made, low = known.found
+            assert low.shape == (probes, rows, rank) and (low - made @ known.right_rO.T).abs().max() < 1e-3
         short = LowRankSum(y.bfloat16(), h.bfloat16(), left, bias)
-        found = short._on_gpu(torch.empty_like(short.y_PNO), *cases[0])
-        assert (found - sums.then()).abs().max() < 0.1
+        assert (short.then() - sums.then()).abs().max() < 0.1
         exact, copy = sums.then(), LowRankSum(y.clone(), h, left, bias)
-        copy._on_gpu(copy.y_PNO, *cases[0])
+        copy.finish_()
         assert (copy.y_PNO - exact).abs().max() < 1e-5
-""")
+        assert (copy.rest() + y - exact).abs().max() < 1e-5
+"""
+    )
+
+
+@pytest.mark.parametrize("name", ["OPT", "Llama"])
+def test_low_rank_passes(name):
+    """What a pass shows of its readers makes the next one fuse more, with the same losses; the first is made again, so
+    that each pass's bits are the same."""
+    interpreted(
+        LAYERS
+        + f"name = '{name}'"
+        + """
+import transformers
+from mezo.engines.torch.engine import TorchEngine
+from mezo.engines.torch.graphs import Graphs
+from mezo.estimator import Record, TwoPoint
+from mezo.objective import Example, Target, TokenSequence
+config = getattr(transformers, name + "Config")(
+    hidden_size=16, num_hidden_layers=2, num_attention_heads=2, vocab_size=40, max_position_embeddings=20,
+    **({"word_embed_proj_dim": 16, "ffn_dim": 48} if name == "OPT" else {"intermediate_size": 48}),
+)
+torch.manual_seed(0)
+model = getattr(transformers, name + "ForCausalLM")(config).eval()
+class Tokenizer:
+    pad_token_id = 1
+rows = [[5 + n + i for i in range(4 + n)] for n in range(3)]
+examples = [Example((TokenSequence((*r, 2), (Target(len(r) - 1, 2, 0),)),), None) for r in rows]
+engine = TorchEngine(model, Tokenizer(), low_rank=(2, 50), train_batch_size=4)
+engine.update([Record(0, 3, 0.0, 0.0, 0.5, 1e-1, 0, 3)])
+probes, both = TwoPoint(0, 1e-1).probes(1), []
+write_both, rest = LowRankSum._write_both, LowRankSum.rest
+LowRankSum._write_both = lambda *a: both.append("low") or write_both(*a)
+LowRankSum.rest = lambda s: both.append("rest") or rest(s)
+on_gpu[0] = False
+expected = engine.losses(examples, probes)
+assert not both
+engine._low_rank.readers.next.clear(), engine._low_rank.readers.read_whole.clear()
+on_gpu[0], engine._graphs, engine._checked_reads = True, Graphs(torch.device("cpu")), False
+padding = engine.work.padding
+first = engine.losses(examples, probes)
+# fc2 or down of two layers; k and v, on Llama also q, and the head.
+assert (both.count("low"), both.count("rest")) == ((2, 5) if name == "OPT" else (2, 7)), both
+assert engine.work.padding == 2 * padding
+assert torch.equal(first, engine.losses(examples, probes))
+assert (first - expected).abs().max() < 1e-5 and (expected[0] - expected[1]).abs().max() > 1e-2
+"""
+    )
 
 
 def test_layer_norm():

@@ -6,7 +6,7 @@ Shapes: P probes, N rows × positions of one probe, O outputs of a layer, D entr
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -17,7 +17,25 @@ from mezo.kernels import gpu
 if TYPE_CHECKING:
     from types import ModuleType
 
-_ROWS, _OUTPUTS = 16, 256  # of a program
+_ROWS, _OUTPUTS = 16, 256  # of a program's tile
+_TILES = 4  # of a program that also sums over outputs
+
+
+class After(Protocol):
+    """What comes after a `LowRankSum`: it is told what becomes of the sum, and may know what will be read of that."""
+
+    @property
+    def right_rO(self) -> Tensor | None:
+        """V of the matrix that reads f(the sum), in the type of y and at most 4 rows; None if that is not known."""
+        ...
+
+    def finished(self) -> None:
+        """The sum itself is read."""
+        ...
+
+    def made(self, out_PNO: Tensor, low_PNr: Tensor | None) -> None:
+        """f(the sum) is there, and its product with V if that was known."""
+        ...
 
 
 class LowRankSum(NamedTuple):
@@ -27,10 +45,17 @@ class LowRankSum(NamedTuple):
     h_PNr: Tensor  # x V; rows may lie further apart than r
     left_POr: Tensor  # L, float32
     bias_PO: Tensor | None  # of any floating type
+    after: After | None = None
 
     def finish_(self) -> None:
         """Adds the rest to y."""
+        if self.after is not None:
+            self.after.finished()
         self._write(self.y_PNO)
+
+    def rest(self) -> Tensor:
+        """The rest alone, in the memory of y."""
+        return self._write(self.y_PNO, has_y=False)
 
     def then(
         self,
@@ -41,7 +66,16 @@ class LowRankSum(NamedTuple):
         times_PNO: Tensor | None = None,
     ) -> Tensor:
         """f(the sum) · scale + plus, or · times, in one pass over memory, in float32; f is relu, silu or nothing."""
-        return self._write(torch.empty_like(self.y_PNO), function, scale, plus_PNO, times_PNO)
+        out_PNO = torch.empty_like(self.y_PNO)
+        right_rO = None if self.after is None or not on_gpu(out_PNO) else self.after.right_rO
+        low_PNr = None
+        if right_rO is None:
+            self._write(out_PNO, function, scale, plus_PNO, times_PNO)
+        else:
+            low_PNr = self._write_both(out_PNO, right_rO, function, scale, plus_PNO, times_PNO)
+        if self.after is not None:
+            self.after.made(out_PNO, low_PNr)
+        return out_PNO
 
     def _write(
         self,
@@ -50,10 +84,20 @@ class LowRankSum(NamedTuple):
         scale: float = 1.0,
         plus_PNO: Tensor | None = None,
         times_PNO: Tensor | None = None,
+        *,
+        has_y: bool = True,
     ) -> Tensor:
-        if out_PNO.is_cuda and gpu.enabled():
-            return self._on_gpu(out_PNO, function, scale, plus_PNO, times_PNO)
-        value_PNO = torch.baddbmm(self.y_PNO.float(), self.h_PNr.float(), self.left_POr.mT)
+        if on_gpu(out_PNO):
+            num_probes, num_rows, num_out = out_PNO.shape
+            tensors, sizes, flags = self._arguments(function, scale, plus_PNO, times_PNO)
+            grid = (-(-num_rows // _ROWS), -(-num_out // _OUTPUTS), num_probes)
+            with torch.cuda.device(out_PNO.device):
+                _kernels().low_rank_sum[grid](
+                    out_PNO, *tensors, *sizes, **flags, HAS_Y=has_y, ROWS=_ROWS, OUTPUTS=_OUTPUTS
+                )
+            return out_PNO
+        start_PNO = self.y_PNO.float() if has_y else torch.zeros(self.y_PNO.shape, device=self.y_PNO.device)
+        value_PNO = torch.baddbmm(start_PNO, self.h_PNr.float(), self.left_POr.mT)
         if self.bias_PO is not None:
             value_PNO += self.bias_PO[:, None]
         if function:
@@ -64,29 +108,49 @@ class LowRankSum(NamedTuple):
             value_PNO *= times_PNO
         return out_PNO.copy_(value_PNO if plus_PNO is None else value_PNO.add_(plus_PNO))
 
-    def _on_gpu(
-        self, out_PNO: Tensor, function: str, scale: float, plus_PNO: Tensor | None, times_PNO: Tensor | None
-    ) -> Tensor:
-        y_PNO, h_PNr, left_POr, bias_PO = self
-        num_probes, num_rows, num_out = y_PNO.shape
+    def _write_both(
+        self, out_PNO: Tensor, right_rO: Tensor, function: str, scale: float, plus_PNO: Tensor | None,
+        times_PNO: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """Writes `out`, and returns its product with V, of the type of y."""
+        num_probes, num_rows, num_out = out_PNO.shape
+        tensors, sizes, flags = self._arguments(function, scale, plus_PNO, times_PNO)
+        assert right_rO.is_contiguous() and right_rO.shape == (flags["RANK"], num_out)
+        parts = -(-num_out // (_OUTPUTS * _TILES))
+        low_SPNr = torch.empty(parts, num_probes, num_rows, flags["RANK"], device=out_PNO.device)
+        grid = (-(-num_rows // _ROWS), parts, num_probes)
+        with torch.cuda.device(out_PNO.device):
+            _kernels().low_rank_sum_and_product[grid](
+                out_PNO, low_SPNr, *tensors, right_rO, *sizes, **flags, ROWS=_ROWS, OUTPUTS=_OUTPUTS, TILES=_TILES
+            )
+        return low_SPNr.sum(dim=0).to(out_PNO.dtype)
+
+    def _arguments(
+        self, function: str, scale: float, plus_PNO: Tensor | None, times_PNO: Tensor | None
+    ) -> tuple[tuple[Tensor, ...], tuple[float, ...], dict[str, Any]]:
+        """What both kernels take: tensors, sizes, and what they are compiled for."""
+        y_PNO, h_PNr, left_POr, bias_PO, _ = self
+        _, num_rows, num_out = y_PNO.shape
         assert y_PNO.is_contiguous() and left_POr.stride()[1:] == (left_POr.shape[2], 1)
         assert h_PNr.stride(2) == 1 and h_PNr.stride(0) == num_rows * h_PNr.stride(1)
         bias = y_PNO if bias_PO is None else bias_PO
         other = next((t.contiguous() for t in (plus_PNO, times_PNO) if t is not None), y_PNO)
-        grid = (-(-num_rows // _ROWS), -(-num_out // _OUTPUTS), num_probes)
-        with torch.cuda.device(y_PNO.device):
-            _kernels().low_rank_sum[grid](
-                out_PNO, y_PNO, other, h_PNr, left_POr, bias, num_rows, num_out, h_PNr.stride(1),
-                left_POr.stride(0), bias.stride(0), bias.stride(-1), float(scale), RANK=left_POr.shape[2],
-                HAS_BIAS=bias_PO is not None, FUNCTION=function, PLUS=plus_PNO is not None,
-                TIMES=times_PNO is not None, ROWS=_ROWS, OUTPUTS=_OUTPUTS,
-            )  # fmt: skip
-        return out_PNO
+        strides = (h_PNr.stride(1), left_POr.stride(0), bias.stride(0), bias.stride(-1))
+        flags = {
+            "RANK": left_POr.shape[2], "HAS_BIAS": bias_PO is not None, "FUNCTION": function,
+            "PLUS": plus_PNO is not None, "TIMES": times_PNO is not None,
+        }  # fmt: skip
+        return (y_PNO, other, h_PNr, left_POr, bias), (num_rows, num_out, *strides, float(scale)), flags
+
+
+def on_gpu(tensor: Tensor) -> bool:
+    """Whether Triton's kernels compute on it."""
+    return tensor.is_cuda and gpu.enabled()
 
 
 def layer_norm(x_PND: Tensor, weight_PD: Tensor, bias_PD: Tensor | None, eps: float) -> Tensor:
     """Layer norm with weights of each probe; the result is rounded once."""
-    if x_PND.is_cuda and gpu.enabled():
+    if on_gpu(x_PND):
         return _norm_on_gpu(x_PND.contiguous(), weight_PD, bias_PD, eps)
     biases = [None] * len(x_PND) if bias_PD is None else list(bias_PD)
     size = x_PND.shape[-1:]

@@ -370,6 +370,11 @@ class TorchEngine:
         return groups
 
     @property
+    def _num_known(self) -> int:
+        """How much of what a low-rank pass on a GPU goes by has been shown by passes before."""
+        return 0 if self._low_rank is None or self._graphs is None else self._low_rank.readers.num_known
+
+    @property
     def _forms_weights(self) -> bool:
         """Whether the weights under a probe are formed anew where a pass reads them."""
         return self._lora is None and self._low_rank is None and self._copies is None
@@ -442,6 +447,7 @@ class TorchEngine:
         if len(stages) == 1 and not greedy and self._is_static(stages[0], probes):
             self.work.computed += len(probes) * stages[0].num_tokens
             return self._read_static(stages[0], sequences, probes, greedy)
+        known, padding = self._num_known, self.work.padding
         frozen = nullcontext() if self._frozen is None else self._below(self._frozen, sequences, len(probes))
         past: Past | None = None
         perturbed = self._perturbed(probes)
@@ -449,6 +455,9 @@ class TorchEngine:
             for stage in stages[:-1]:
                 past = self._extend(past, stage, len(probes))
             scores = self._read(past, stages[-1], sequences, len(probes), greedy)
+        if self._num_known != known:  # the bits of a pass must not depend on those before
+            self.work.padding = padding
+            return self._scores(examples, probes, greedy=greedy)
         reader = inside.weights if isinstance(inside, PerturbedForward) else self._lora
         if any(p.scale != 0.0 for p in probes) and reader is not None and not self._checked_reads:
             self._report_unread(reader.read_names)

@@ -38,9 +38,10 @@ from mezo.engines.torch.optimizer import Optimizer
 from mezo.engines.torch.rounding import stochastic_round
 from mezo.engines.torch.space import CHUNK, ParameterSpace
 from mezo.estimator import Probe, Record
-from mezo.kernels.layers import LowRankSum
+from mezo.kernels.layers import LowRankSum, on_gpu
 
 _COLUMNS = 8  # of the product x V: what tensor cores want at least
+_MOST_FUSED = 4  # r with which the function that makes x also computes x V
 
 
 class LowRank:
@@ -244,7 +245,10 @@ class _Bases:
 
 
 class Readers:
-    """Which matrices read the same rows (q, k and v; gate and up), as the passes so far have shown.
+    """Who reads what, as the passes so far have shown. A pass that shows something new is made again, see `num_known`.
+
+    Which matrices read the same rows (q, k and v; gate and up); which one reads what a function has made of another's
+    output (fc2 after fc1's relu); and which outputs are read as they are (k and v), on a GPU.
 
     Args:
         most: matrices whose x V fits into the columns that the product of one takes anyway. So it has the same shape,
@@ -254,6 +258,8 @@ class Readers:
     def __init__(self, most: int):
         self._most = most
         self._groups: dict[str, tuple[str, ...]] = {}  # by each member
+        self.next: dict[str, str] = {}
+        self.read_whole: set[str] = set()
 
     def of(self, name: str) -> tuple[str, ...]:
         """The matrices that read what this one reads."""
@@ -265,20 +271,55 @@ class Readers:
         if len(group) <= self._most:
             self._groups |= dict.fromkeys(group, group)
 
+    @property
+    def num_known(self) -> int:
+        """Grows with each thing that a pass shows and that changes the order of sums in the next."""
+        return len(self.next) + len(self.read_whole)
+
+
+class _Values:
+    """Values of a tensor, kept alive so that their memory is not given to others."""
+
+    def __init__(self, tensor: Tensor):
+        self._tensor, self._version = tensor, tensor._version
+
+    def are(self, x: Tensor) -> bool:
+        """Whether these are the same."""
+        same = self._tensor.data_ptr() == x.data_ptr() and self._tensor.shape == x.shape
+        return same and self._version == x._version
+
 
 class _Rows(NamedTuple):
     """Rows that were read last, and x V of the matrices that read them."""
 
-    x_PNI: Tensor
-    version: int
+    values: _Values
     first: str
     h_PNk: Tensor
     names: tuple[str, ...]
 
-    def are(self, x_PNI: Tensor) -> bool:
-        """Whether these are the same values. They are kept alive, so their memory has not been given to others."""
-        same = self.x_PNI.data_ptr() == x_PNI.data_ptr() and self.x_PNI.shape == x_PNI.shape
-        return same and self.version == x_PNI._version
+
+class _Made(NamedTuple):
+    """What a function has made of a matrix's output."""
+
+    values: _Values
+    name: str
+
+
+class _After:
+    """`mezo.kernels.layers.After` of a matrix's output."""
+
+    def __init__(self, probes: LowRankProbes, name: str):
+        self._probes, self._name = probes, name
+
+    @property
+    def right_rO(self) -> Tensor | None:
+        return self._probes.right_after(self._name)
+
+    def finished(self) -> None:
+        self._probes.readers.read_whole.add(self._name)
+
+    def made(self, out_PNO: Tensor, low_PNr: Tensor | None) -> None:
+        self._probes.made(self._name, out_PNO, low_PNr)
 
 
 class LowRankProbes:
@@ -292,6 +333,8 @@ class LowRankProbes:
         self._flat_PN = state.buffers.write(probes)
         self._left_PNr: Tensor | None = None
         self._last: _Rows | None = None
+        self._made: _Made | None = None
+        self.readers = state.readers
         self._vectors: dict[torch.dtype, Tensor] = {}
         self.num_probes = len(probes)
         self.read_names: set[str] = set()
@@ -300,7 +343,7 @@ class LowRankProbes:
         """See `Weights.trains`."""
         return self._state.trains(value)
 
-    def linear(self, x_PNI: Tensor, weight: Tensor, bias_PO: Tensor | None, transposed: bool) -> LowRankSum:
+    def linear(self, x_PNI: Tensor, weight: Tensor, bias_PO: Tensor | None, transposed: bool) -> Tensor | LowRankSum:
         """See `Weights.linear`. W is read once for all probes."""
         name, rank = self._read(weight), self._state.rank
         if transposed:  # the matrix as it lies has I rows
@@ -311,10 +354,15 @@ class LowRankProbes:
         else:
             h_PNr, left_POr = self._low(x_PNI, name), self._left(name)
         weight_IO = weight.detach() if transposed else weight.detach().T
-        y_PNO = torch.matmul(x_PNI.flatten(0, 1), weight_IO).view(*x_PNI.shape[:2], -1)
-        if self._state.keep != 1.0:
-            y_PNO *= self._state.keep
-        return LowRankSum(y_PNO, h_PNr, left_POr, bias_PO)
+        x_MI, keep = x_PNI.flatten(0, 1), self._state.keep
+        if name in self.readers.read_whole and on_gpu(x_PNI):  # the product adds itself to the rest
+            y_PNO = x_PNI.new_empty(*x_PNI.shape[:2], weight_IO.shape[1])
+            LowRankSum(y_PNO, h_PNr, left_POr, bias_PO).rest().flatten(0, 1).addmm_(x_MI, weight_IO, alpha=keep)
+            return y_PNO
+        y_PNO = torch.matmul(x_MI, weight_IO).view(*x_PNI.shape[:2], -1)
+        if keep != 1.0:
+            y_PNO *= keep
+        return LowRankSum(y_PNO, h_PNr, left_POr, bias_PO, _After(self, name))
 
     def rows(self, ids_PN: Tensor, weight: Tensor) -> Tensor:
         """See `Weights.rows`."""
@@ -335,16 +383,33 @@ class LowRankProbes:
 
     def _low(self, x_PNI: Tensor, name: str) -> Tensor:
         """x V / √r of a matrix [P, N, r], in one product with those that read the same rows."""
-        readers, rank = self._state.readers, self._state.rank
-        if self._last is not None and self._last.are(x_PNI) and name not in self._last.names:
-            readers.note(self._last.first, name)
-        if self._last is None or not self._last.are(x_PNI) or name not in self._last.names:
+        readers, rank = self.readers, self._state.rank
+        if self._made is not None and self._made.values.are(x_PNI):
+            readers.next[self._made.name] = name
+        last = self._last if self._last is not None and self._last.values.are(x_PNI) else None
+        if last is not None and name not in last.names:
+            readers.note(last.first, name)
+        if last is None or name not in last.names:
             names = readers.of(name)
-            first = self._last.first if self._last is not None and self._last.are(x_PNI) else name
             h_PNk = F.linear(x_PNI, self._state.right_of(names, x_PNI.dtype))
-            self._last = _Rows(x_PNI, x_PNI._version, first, h_PNk, names)
-        place = self._last.names.index(name) * rank
-        return self._last.h_PNk[..., place : place + rank]
+            last = _Rows(_Values(x_PNI), name if last is None else last.first, h_PNk, names)
+            self._last = last
+        place = last.names.index(name) * rank
+        return last.h_PNk[..., place : place + rank]
+
+    def right_after(self, name: str) -> Tensor | None:
+        """See `After.right_rO`."""
+        reader, rank = self.readers.next.get(name), self._state.rank
+        if reader is None or rank > _MOST_FUSED or len(self.readers.of(reader)) > 1:
+            return None
+        return self._state.right_of((reader,), self._state.space.parameters[reader].dtype)[:rank]
+
+    def made(self, name: str, out_PNO: Tensor, low_PNr: Tensor | None) -> None:
+        """See `After.made`."""
+        self._made = _Made(_Values(out_PNO), name)
+        if low_PNr is not None:
+            reader = self.readers.next[name]
+            self._last = _Rows(self._made.values, reader, low_PNr, (reader,))
 
     def _left(self, name: str) -> Tensor:
         """L under each probe of a matrix as it lies, float32 [P, rows, r]."""
