@@ -51,7 +51,7 @@ def rounded(exact, dtype):
     if dtype == torch.bfloat16:  # the interpreter cuts bits off; a GPU rounds to nearest (benchmarks/gpu_check.py)
         exact = (exact.view(torch.int32) & -65536).view(torch.float32)
     return exact.to(dtype)
-gpu.REPEAT, gpu._MANY = 2, 2000
+gpu._MANY = 2000
 seeds, factors = gpu.seeds_on([SEED, SEED, 7, 7], torch.device("cpu")), torch.tensor([1e-3, -1e-3, 0.5, -0.5])
 """
 

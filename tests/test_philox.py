@@ -181,3 +181,9 @@ def test_rounding_bits_and_uniforms_do_not_depend_on_slicing(start, stop):
     uniforms = philox.uniforms(1, stream, 0, 13_000, device)
     assert uniforms.mean() == pytest.approx(0.5, abs=0.02)
     assert torch.equal(philox.uniforms(1, stream, start, stop, device), uniforms[start:stop])
+
+
+def test_seeds_are_words_of_the_generator():
+    for seed, step, query in ((0, 0, 0), (2**64 - 3, 7, 1), (12345, (1 << 33) + 5, 15)):
+        words = philox.philox_words(seed, philox.stream_id("seed", str(query)), torch.tensor([step]))[0].tolist()
+        assert philox.derive_seed(seed, step, query) == words[1] << 32 | words[0]

@@ -51,9 +51,18 @@ def stream_id(stream: str, name: str) -> int:
 
 
 def derive_seed(seed: int, step: int, query: int = 0) -> int:
-    """Seed (64 bits) of a step's `query`-th direction, a pure function of the run's seed."""
-    words: list[int] = philox_words(seed, stream_id("seed", str(query)), torch.tensor([step]))[0].tolist()
-    return words[1] << 32 | words[0]
+    """Seed (64 bits) of a step's `query`-th direction, a pure function of the run's seed.
+
+    The first two of `philox_words` of one block, in integers, which take a hundredth of the time.
+    """
+    stream = stream_id("seed", str(query))
+    k0, k1 = seed & _MASK32, seed >> 32
+    c0, c1, c2, c3 = step & _MASK32, step >> 32, stream & _MASK32, stream >> 32
+    for _ in range(10):
+        p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0, c1, c2, c3 = p1 >> 32 ^ c1 ^ k0, p1 & _MASK32, p0 >> 32 ^ c3 ^ k1, p0 & _MASK32
+        k0, k1 = (k0 + _WEYL[0]) & _MASK32, (k1 + _WEYL[1]) & _MASK32
+    return c1 << 32 | c0
 
 
 def philox_words(seed: int, stream: int, blocks_N: Tensor) -> Tensor:
@@ -242,10 +251,11 @@ class Segments:
             self._table = gpu_kernels.segment_table(self._bases, self._outs, self._streams)
 
     def add_normals(self, scales: Sequence[float], seed: int) -> None:
-        """outs ← bases + scale · z(seed), each with its scale; the bits of `add_normals`."""
+        """outs ← bases + scale · z(seed), each with its scale, or all with one; the bits of `add_normals`."""
         if self._table is not None and len(set(scales)) == 1:
             gpu_kernels.add_normals_many(self._table, scales[0], seed)
             return
+        scales = scales if len(scales) > 1 else [*scales] * len(self._bases)
         for base_N, out_N, stream, scale in zip(self._bases, self._outs, self._streams, scales, strict=True):
             for start in range(0, len(base_N), _SEGMENT_CHUNK):
                 part = slice(start, start + _SEGMENT_CHUNK)

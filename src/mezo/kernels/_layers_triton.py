@@ -53,13 +53,13 @@ def low_rank_sum(
 
 
 @triton.jit
-def _products(value, right_ptr, o, out_inside, FITS: tl.constexpr):
-    """value[n, o] * right[o], or nothing."""
+def _product(value, right_ptr, o, out_inside, FITS: tl.constexpr):
+    """Sum over o of value[n, o] * right[o]; 0 if it does not fit."""
     if FITS:
         right = tl.load(right_ptr + o, mask=out_inside, other=0.0).to(tl.float32)
-        return value * right[None, :]
+        return tl.sum(value * right[None, :], axis=1)
     else:
-        return tl.zeros(value.shape, tl.float32)
+        return tl.zeros((value.shape[0],), tl.float32)
 
 
 @triton.jit(do_not_specialize=["scale"])
@@ -75,7 +75,7 @@ def low_rank_sum_and_product(
     probe = tl.program_id(2).to(tl.int64)
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row = probe * num_rows + n
-    low0 = tl.zeros((ROWS, OUTPUTS), tl.float32)
+    low0 = tl.zeros((ROWS,), tl.float32)
     low1, low2, low3 = low0, low0, low0
     for tile in range(TILES):
         o = (tl.program_id(1) * TILES + tile) * OUTPUTS + tl.arange(0, OUTPUTS)
@@ -87,18 +87,18 @@ def low_rank_sum_and_product(
         rounded = total.to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + place, rounded, mask=inside)
         value = tl.where(inside, rounded.to(tl.float32), 0.0)
-        low0 += _products(value, right_ptr, o, out_inside, True)
-        low1 += _products(value, right_ptr + num_out, o, out_inside, RANK > 1)
-        low2 += _products(value, right_ptr + 2 * num_out, o, out_inside, RANK > 2)
-        low3 += _products(value, right_ptr + 3 * num_out, o, out_inside, RANK > 3)
+        low0 += _product(value, right_ptr, o, out_inside, True)
+        low1 += _product(value, right_ptr + num_out, o, out_inside, RANK > 1)
+        low2 += _product(value, right_ptr + 2 * num_out, o, out_inside, RANK > 2)
+        low3 += _product(value, right_ptr + 3 * num_out, o, out_inside, RANK > 3)
     low_ptr += ((tl.program_id(1) * tl.num_programs(2) + probe) * num_rows + n) * RANK
-    tl.store(low_ptr, tl.sum(low0, axis=1), mask=n < num_rows)
+    tl.store(low_ptr, low0, mask=n < num_rows)
     if RANK > 1:
-        tl.store(low_ptr + 1, tl.sum(low1, axis=1), mask=n < num_rows)
+        tl.store(low_ptr + 1, low1, mask=n < num_rows)
     if RANK > 2:
-        tl.store(low_ptr + 2, tl.sum(low2, axis=1), mask=n < num_rows)
+        tl.store(low_ptr + 2, low2, mask=n < num_rows)
     if RANK > 3:
-        tl.store(low_ptr + 3, tl.sum(low3, axis=1), mask=n < num_rows)
+        tl.store(low_ptr + 3, low3, mask=n < num_rows)
 
 
 @triton.jit

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 _NORMALS = 8  # of a counter block
 _BLOCKS = 128  # counter blocks of a program: one for each thread
-REPEAT = 8  # times that a program of a large tensor does so
+REPEAT = 8  # times that a program of a large tensor does so, where it updates or copies
+_REPEAT_FORMING, _REPEAT_BOTH = 2, 4  # where it forms probes, without and with an update
 _MANY = 1 << 21  # elements of a large tensor: enough for all of a GPU's processors
 _MANY_PIECES = 1 << 13  # pieces of tensors of which each is enough for one program
 _ALIGNED = 64  # elements between the places of small tensors: tensor cores want addresses that are
@@ -83,7 +84,7 @@ def perturb(
     """
     (num_probes,), width = seeds_P.shape, len(base_N)
     assert start % _NORMALS == 0 and width < 1 << 31
-    repeat = REPEAT if width >= _MANY else 1
+    repeat = (_REPEAT_FORMING if update is None else _REPEAT_BOTH) if width >= _MANY else 1
     out = base_N.new_empty(num_probes * width) if out is None else out[: num_probes * width]
     out_PN = out.view(num_probes, width)
     groups = -(-width // (_NORMALS * _BLOCKS * repeat))

@@ -167,7 +167,7 @@ class ProbeKeys:
             seeds_P.copy_(gpu.seeds_on([p.seed for p in probes], torch.device("cpu")))
             seeds = {probe.seed for probe in probes}
             scales = {seed: torch.tensor(self._space.scales(seed), dtype=torch.float64) for seed in seeds}
-            factors_KP.copy_(torch.stack([scale * scales[seed] for seed, scale in probes], dim=1))
+            factors_KP.copy_(torch.stack([scale * scales[seed] for seed, scale in probes], dim=1).expand_as(factors_KP))
             self._written = tuple(probes)
         return self._kept[count]
 

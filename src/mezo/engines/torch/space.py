@@ -41,6 +41,7 @@ class ParameterSpace:
     _gradient: tuple[Tensor, philox.Segments] | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        self._dtypes = {parameter.dtype for parameter in self.parameters.values()}
         for name, parameter in self.parameters.items():
             assert parameter.is_contiguous(), name
 
@@ -66,18 +67,17 @@ class ParameterSpace:
         return width / norms[name]
 
     def scales(self, seed: int, names: Iterable[str] | None = None) -> list[float]:
-        """`scale` of some tensors, of all if not given."""
-        names = self.parameters if names is None else names
-        if self.normalize_perturbations:
-            return [self.scale(name, seed) for name in names]
-        return [self.widths.get(name, 1.0) for name in names]
+        """`scale` of some tensors, of all if not given; a single one if all have the same."""
+        if not self.normalize_perturbations and not self.widths:
+            return [1.0]
+        return [self.scale(name, seed) for name in (self.parameters if names is None else names)]
 
     def factors(self, records: Sequence[Record], names: Collection[str]) -> list[list[float]]:
         """What z of each record is multiplied by in the update of each tensor: −lr · coefficient, and its scale."""
         columns = []
         for record in records:
-            factor = -record.learning_rate * record.coefficient
-            columns.append([factor * scale for scale in self.scales(record.seed, names)])
+            factor, scales = -record.learning_rate * record.coefficient, self.scales(record.seed, names)
+            columns.append([factor * s for s in (scales if len(scales) == len(names) else scales * len(names))])
         return [list(row) for row in zip(*columns, strict=True)]
 
     def update(self, records: Sequence[Record], weight_decay: float, names: Collection[str] | None = None) -> None:
@@ -92,7 +92,7 @@ class ParameterSpace:
             assert names is None
             self._update_by(self.optimizer, records, 1.0 - learning_rate * weight_decay)
             return
-        if all(p.dtype == torch.float32 for p in self.parameters.values()):
+        if self._dtypes == {torch.float32}:
             assert names is None
             self._update_float32(records, 1.0 - learning_rate * weight_decay)
             return
@@ -120,20 +120,20 @@ class ParameterSpace:
             tensors = list(self.parameters.values())
             self._segments = philox.Segments(tensors, tensors, self.streams())
         for record in records:
-            factors = [factor for (factor,) in self.factors([record], self.parameters)]
-            self._segments.add_normals(factors, record.seed)
+            factor = -record.learning_rate * record.coefficient
+            self._segments.add_normals([factor * scale for scale in self.scales(record.seed)], record.seed)
 
     def _update_rounded(self, chosen: Mapping[str, Tensor], records: Sequence[Record], keep: float) -> bool:
         """The same bits in one launch on a GPU, if all parameters are bfloat16 or all float16."""
         tensors = list(chosen.values())
         if not tensors:
             return True
-        if not (tensors[0].is_cuda and gpu_kernels.enabled() and len({p.dtype for p in tensors}) == 1):
-            return False
-        if any(p.data_ptr() % 16 for p in tensors):
+        if not (tensors[0].is_cuda and gpu_kernels.enabled() and len(self._dtypes) == 1):
             return False
         key = tuple(chosen)
         if key not in self._tables:
+            if any(p.data_ptr() % 16 for p in tensors):
+                return False
             streams, rounding = ([philox.stream_id(of, name) for name in chosen] for of in ("direction", "rounding"))
             self._tables[key] = gpu_kernels.weight_table(tensors, [p.ndim >= 2 for p in tensors], streams, rounding)
         factors = self.factors(records, chosen)
