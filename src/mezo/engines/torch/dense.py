@@ -22,6 +22,7 @@ from mezo.kernels import gpu
 # a hundredth of the model, which leaves memory as it is, but enough for one matrix product to fill it.
 _LINEAR_BLOCK = 1 << 21
 _LINEAR_BLOCK_GPU = (1 << 23, 1 << 27)  # least and most
+_FEW = 2  # probes whose products a GPU makes one after the other
 _ALIGNED = 64  # outputs of a block: tensor cores want addresses that are
 
 
@@ -51,13 +52,21 @@ class Dense:
         y_PNO = x_PNI.new_empty(*x_PNI.shape[:2], num_out)
         for first in range(0, num_out, rows):
             stop = min(num_out, first + rows)
-            for p, formed_N in enumerate(self._formed(weight, first * num_in, stop * num_in)):
-                weight_IO, out_NO = formed_N.view(-1, num_in).T, y_PNO[p, :, first:stop]
-                if bias_PO is None:
-                    torch.mm(x_PNI[p], weight_IO, out=out_NO)
-                else:
-                    torch.addmm(bias_PO[p, first:stop], x_PNI[p], weight_IO, out=out_NO)
+            formed = self._formed(weight, first * num_in, stop * num_in)
+            bias_PB = None if bias_PO is None else bias_PO[:, first:stop]
+            self._multiply(x_PNI, formed, bias_PB, y_PNO[:, :, first:stop])
         return y_PNO
+
+    def _multiply(
+        self, x_PNI: Tensor, formed: Sequence[Tensor] | Tensor, bias_PO: Tensor | None, out_PNO: Tensor
+    ) -> None:
+        """out ← x Wᵀ + b, probe by probe."""
+        for p, formed_N in enumerate(formed):
+            weight_IO = formed_N.view(-1, x_PNI.shape[2]).T
+            if bias_PO is None:
+                torch.mm(x_PNI[p], weight_IO, out=out_PNO[p])
+            else:
+                torch.addmm(bias_PO[p], x_PNI[p], weight_IO, out=out_PNO[p])
 
     def rows(self, ids_PN: Tensor, weight: Tensor) -> Tensor:
         """See `Weights.rows`. Only the rows that are gathered are perturbed."""
@@ -81,7 +90,7 @@ class Dense:
         self.read_names.add(name)
         return name
 
-    def _formed(self, parameter: Tensor, start: int, stop: int) -> Sequence[Tensor]:
+    def _formed(self, parameter: Tensor, start: int, stop: int) -> Sequence[Tensor] | Tensor:
         """Elements [start, stop) under each probe, in the parameter's type."""
         name = self._read(parameter)
         stream = philox.stream_id("direction", name)
@@ -208,7 +217,7 @@ class DenseOnGPU(Dense):
             gpu.perturb_many(self._of_probes.small, keys.small_PN, keys.seeds_P, keys.factors_KP, paired=self._paired)
         return self._keys.small_PN[:, place].view(self.num_probes, *parameter.shape)
 
-    def _formed(self, parameter: Tensor, start: int, stop: int) -> Sequence[Tensor]:
+    def _formed(self, parameter: Tensor, start: int, stop: int) -> Sequence[Tensor] | Tensor:
         """See `Dense._formed`; in the same memory each time, and with the update that is due."""
         block = Block(self._read(parameter), start, stop)
         self._of_probes.linear_blocks.add(block)
@@ -220,7 +229,20 @@ class DenseOnGPU(Dense):
                 self.captured.add(block)
             else:
                 deferred.taken(block)
-        return formed_PN.unbind()
+        return formed_PN
+
+    def _multiply(
+        self, x_PNI: Tensor, formed: Sequence[Tensor] | Tensor, bias_PO: Tensor | None, out_PNO: Tensor
+    ) -> None:
+        """Many probes in one launch: products of a small model under nine probes are short ones."""
+        if self.num_probes <= _FEW or not isinstance(formed, Tensor) or not out_PNO.is_contiguous():
+            super()._multiply(x_PNI, formed, bias_PO, out_PNO)
+            return
+        weight_PIO = formed.view(self.num_probes, -1, x_PNI.shape[2]).mT
+        if bias_PO is None:
+            torch.bmm(x_PNI, weight_PIO, out=out_PNO)
+        else:
+            torch.baddbmm(bias_PO[:, None], x_PNI, weight_PIO, out=out_PNO)
 
     def _read_otherwise(self, parameter: Tensor) -> str:
         name = self._read(parameter)
