@@ -1,6 +1,8 @@
 """`mezo bench`: what it times is what it says."""
 
+import csv
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -70,3 +72,20 @@ def test_random_weights_need_no_checkpoint(model_folder, tmp_path, capsys):
 def test_too_small_a_bench(model_folder):
     with pytest.raises(UserError, match="2 repeats"):
         run(BenchOptions(model_name_or_path=model_folder("llama"), repeats=1))
+
+
+def test_profile_by_kind(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    import gpu_profile
+
+    names = {"nvjet_sm90_tst_192x192_64x4": "products", "nvjet_sm90_tst_8x256_64x6_splitK_TNN": "x V",
+             "low_rank_sum_and_product": "low-rank sums", "update_and_perturb": "probes and updates",
+             "vectorized_layer_norm_kernel": "norms", "Memcpy HtoD": "copies", "sigmoid": "other"}  # fmt: skip
+    assert {name: gpu_profile.kind_of(name) for name in names} == names
+    command = ["gpu_profile.py", "--shape", "tiny", "--sizes", "2x16", "--output", str(tmp_path / "rows.csv")]
+    monkeypatch.setattr("sys.argv", command)
+    gpu_profile.main()
+    with (tmp_path / "rows.csv").open(newline="") as file:
+        launches = {(row["what"], row["kind"]): int(row["launches"]) for row in csv.DictReader(file)}
+    assert launches["two plain forwards", "attention"] == 2 * launches["a step of mezo", "attention"] > 0
+    assert "aten::mm" in capsys.readouterr().out
