@@ -410,3 +410,12 @@ def test_estimator_and_window_agree_on_the_seed():
     assert torch.equal(state.right["w"], before)
     state.probes(TwoPoint(0, 1e-3).probes(1))
     assert torch.equal(state.right["w"], before)
+
+
+def test_vectors_begin_where_a_gpu_reads_them_fast(model_folder):
+    """Whatever the matrices before them take: unaligned weights made layer norms twice as slow."""
+    engine, _ = engine_for(model_folder("opt"), "opt", **LOW_RANK)
+    probes = engine._low_rank.probes(PROBES["two-point"])
+    norms = [p for name, p in engine.space.parameters.items() if "layer_norm" in name]
+    assert norms and engine._low_rank.num_left % 8  # of 16 bits in 16 bytes
+    assert all(probes.whole(p).storage_offset() % 8 == 0 for p in norms)

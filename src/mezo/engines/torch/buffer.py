@@ -51,10 +51,10 @@ class ProbeBuffers:
             buffer.written = tuple(probes)
         return buffer.flat_PN
 
-    def part(self, flat_PN: Tensor, name: str) -> Tensor:
-        """One parameter out of what `write` returned, or out of a copy of it: [P, *shape]."""
+    def part(self, flat_PN: Tensor, name: str, first: int = 0) -> Tensor:
+        """One parameter out of what `write` returned, or out of a copy of its elements from `first` on: [P, *shape]."""
         start, stop = self._ranges[name]
-        return flat_PN[:, start:stop].view(-1, *self._shapes[name])
+        return flat_PN[:, start - first : stop - first].view(-1, *self._shapes[name])
 
 
 class _Buffer:

@@ -421,10 +421,10 @@ class LowRankProbes:
         return self._state.left[name] @ left_PRr if self._state.subspace else left_PRr
 
     def _vector(self, parameter: Tensor) -> Tensor:
-        name, dtype = self._read(parameter), parameter.dtype
-        if dtype not in self._vectors:
-            self._vectors[dtype] = self._flat_PN.to(dtype)
-        return self._state.buffers.part(self._vectors[dtype], name)
+        name, dtype, first = self._read(parameter), parameter.dtype, self._state.num_left
+        if dtype not in self._vectors:  # a memory of their own, where vectors begin at addresses that GPUs read fast
+            self._vectors[dtype] = self._flat_PN[:, first:].to(dtype, copy=True, memory_format=torch.contiguous_format)
+        return self._state.buffers.part(self._vectors[dtype], name, first)
 
     def _read(self, parameter: Tensor) -> str:
         name = self._state.name(parameter)
