@@ -118,3 +118,13 @@ def test_probes_share_the_memory_of_one(model_folder, monkeypatch, kind):
         assert (max(sizes) <= inference) == (filling == 0)
     for found in losses.values():
         assert (found - plain.losses(batch, probes)).abs().max() < TOLERANCE
+
+
+def test_copies_begin_where_products_read_them_fast(model_folder):
+    """Whatever the sizes of those before: every probe's own, too."""
+    engine, _ = engine_for(model_folder("bert"), "bert", {})
+    copies = as_on_gpu(engine)._copies
+    flat_PN = copies.write(TwoPoint(0, 1e-3).probes(0))
+    parts = {name: copies.part(flat_PN, name) for name in engine.space.parameters}
+    assert any(part[0].numel() % 64 for part in parts.values())
+    assert all(row.storage_offset() % 64 == 0 for part in parts.values() for row in part)

@@ -12,6 +12,8 @@ from mezo import philox
 from mezo.engines.torch.space import ParameterSpace
 from mezo.estimator import Probe
 
+_ALIGNED = 64  # elements
+
 
 class ProbeBuffers:
     """base + scale · z(seed) of every parameter of a space, float32 [P, parameters]; P probes.
@@ -21,14 +23,16 @@ class ProbeBuffers:
     Args:
         space: what is drawn: names and widths.
         bases: float32 tensors in place of the space's own, by name.
+        aligned: each parameter of each probe begins where matrix products read it fast; else there are no gaps.
     """
 
-    def __init__(self, space: ParameterSpace, bases: Mapping[str, Tensor] | None = None):
+    def __init__(self, space: ParameterSpace, bases: Mapping[str, Tensor] | None = None, *, aligned: bool = True):
         self._space = space
         self._bases = [p.detach() for p in (bases or space.parameters).values()]
-        sizes = [p.numel() for p in self._bases]
-        stops = list(itertools.accumulate(sizes))
-        self._ranges = dict(zip(space.parameters, zip([0, *stops[:-1]], stops, strict=True), strict=True))
+        step = _ALIGNED if aligned else 1
+        *starts, self._size = 0, *itertools.accumulate(-(-p.numel() // step) * step for p in self._bases)
+        self._places = [slice(start, start + p.numel()) for start, p in zip(starts, self._bases, strict=True)]
+        self._ranges = dict(zip(space.parameters, self._places, strict=True))
         self._shapes = {name: base.shape for name, base in zip(space.parameters, self._bases, strict=True)}
         self._buffers: dict[int, _Buffer] = {}  # by number of probes
 
@@ -40,7 +44,8 @@ class ProbeBuffers:
     def write(self, probes: Sequence[Probe]) -> Tensor:
         """All parameters under the probes, always in the same memory."""
         if len(probes) not in self._buffers:
-            self._buffers[len(probes)] = _Buffer(self._bases, self._space.streams(), len(probes))
+            memory_PN = torch.empty(len(probes), self._size, device=self._bases[0].device)
+            self._buffers[len(probes)] = _Buffer(memory_PN, self._places, self._bases, self._space.streams())
         buffer = self._buffers[len(probes)]
         if tuple(probes) != buffer.written:
             for probe, segments, outs in zip(probes, buffer.segments, buffer.outs, strict=True):
@@ -53,16 +58,13 @@ class ProbeBuffers:
 
     def part(self, flat_PN: Tensor, name: str, first: int = 0) -> Tensor:
         """One parameter out of what `write` returned, or out of a copy of its elements from `first` on: [P, *shape]."""
-        start, stop = self._ranges[name]
-        return flat_PN[:, start - first : stop - first].view(-1, *self._shapes[name])
+        place = self._ranges[name]
+        return flat_PN[:, place.start - first : place.stop - first].view(-1, *self._shapes[name])
 
 
 class _Buffer:
-    def __init__(self, bases: Sequence[Tensor], streams: Sequence[int], num_probes: int):
-        sizes = [p.numel() for p in bases]
-        self.flat_PN = torch.empty(num_probes, sum(sizes), device=bases[0].device)
-        self.outs = [
-            [part.view(p.shape) for part, p in zip(row_N.split(sizes), bases, strict=True)] for row_N in self.flat_PN
-        ]
+    def __init__(self, flat_PN: Tensor, places: Sequence[slice], bases: Sequence[Tensor], streams: Sequence[int]):
+        self.flat_PN = flat_PN
+        self.outs = [[row_N[place].view(p.shape) for place, p in zip(places, bases, strict=True)] for row_N in flat_PN]
         self.segments = [philox.Segments(bases, outs, streams) for outs in self.outs]
         self.written: tuple[Probe, ...] = ()

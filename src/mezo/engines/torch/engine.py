@@ -47,7 +47,7 @@ from mezo.objective import Example, TargetScores, TokenSequence, common_prefix, 
 
 logger = logging.getLogger(__name__)
 
-_COPY_BYTES = 1 << 30  # memory of a GPU for whole copies of a small model's parameters
+_COPY_BYTES = 5 << 28  # memory of a GPU for whole copies of a small model's parameters
 # A pass of fewer floating-point operations is launched as a CUDA graph: a GPU needs 0.2 to 2 s for more.
 _STATIC_FLOPS = 2e14
 # A pass of as many tokens and floating-point operations fills a GPU; more of both at once are no faster.

@@ -88,7 +88,7 @@ class LowRank:
         self._collected = ParameterSpace(collected, widths=space.widths, optimizer=optimizer)
         # −0 + x is x: U alone where B is kept apart.
         bases = {name: torch.full_like(t, -0.0) if t.ndim > 1 else t for name, t in collected.items()}
-        self.buffers = ProbeBuffers(self._collected, bases)
+        self.buffers = ProbeBuffers(self._collected, bases, aligned=False)
         self._names = {id(p): name for name, p in space.parameters.items()}
         self.right = _Bases({name: p.shape[-1] for name, p in matrices.items()}, "basis", rank, device)  # V
         stops = list(itertools.accumulate(rows))
