@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # All GPU checks and measurements of the torch engine, without a network, within ten minutes on an H100:
 #     benchmarks/gpu_torch.sh OUT [COMMIT]
-# Prints PASS or FAIL of each check and a line for each measurement; writes OUT/gpu_check.csv, gpu_step.csv,
+# Prints PASS or FAIL of each check and a line for each measurement; writes OUT/gpu_check.csv, gpu_step.csv, gpu_profile.csv,
 # gpu_kv_reuse_torch.csv and gpu_kv_reuse_check_torch.csv. A time limit on the steps leaves the rows that were measured.
 set -uo pipefail
 out=$1
@@ -11,5 +11,6 @@ failed=0
 python3 benchmarks/gpu_check.py --output "$out/gpu_check.csv" || failed=1
 python3 benchmarks/gpu_kv_reuse_check.py torch --output "$out/gpu_kv_reuse_check_torch.csv" || failed=1
 python3 benchmarks/gpu_kv_reuse.py torch --output "$out/gpu_kv_reuse_torch.csv" || failed=1
-timeout 480 python3 benchmarks/gpu_step.py --repeats 5 --output "$out/gpu_step.csv" || failed=1
+timeout 60 python3 benchmarks/gpu_profile.py --output "$out/gpu_profile.csv" || failed=1
+timeout 400 python3 benchmarks/gpu_step.py --repeats 5 --output "$out/gpu_step.csv" || failed=1
 exit $failed
