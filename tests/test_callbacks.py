@@ -124,16 +124,19 @@ def test_the_progress_bar_shows_figures_and_survives_without_a_terminal(config, 
         assert part in shown
 
 
-def test_the_progress_bar_says_what_reuse_saved(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")
+@pytest.mark.parametrize("width", [130, 170, 180, 200])
+def test_the_progress_bar_says_what_reuse_saved(monkeypatch, width):
+    monkeypatch.setenv("COLUMNS", str(width))
     progress, text = ProgressCallback(), io.StringIO()
-    progress._progress.live.console = Console(file=text, force_terminal=True, width=200)
+    progress._progress.live.console = Console(file=text, force_terminal=True, width=width)
     progress._progress.disable = False
     progress.on_train_begin(None, TrainerState(max_steps=10), None)
     reuse = {"tokens_asked": 25_984, "tokens_computed": 6_880, "reuse_percent": 73.52, "seconds_saved": 12.4}
     progress.on_log(None, TrainerState(), None, {"loss": 0.5, "projected_grad": 1.0, "tokens_per_second": 9.0, **reuse})
     progress.stop()
     assert "reuse 74 %: 6.88k of 26k tokens computed, 12 s saved" in text.getvalue()
+    assert "…" not in text.getvalue()  # steps and times have their room
+    assert ("projected_grad" in text.getvalue()) == (width >= 170)
 
 
 def test_a_log_line_stands_above_the_progress_bar(config, monkeypatch):

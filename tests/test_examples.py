@@ -39,7 +39,7 @@ def test_objectives_without_gradient(name, model, row, metric, model_folder, jso
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")
 def test_only_reuse_across_signs_is_biased(tmp_path, monkeypatch):
-    """12 directions: a root mean square of 0.62 is 0.13 uncertain, one of 0.0002 far from its bound."""
+    """12 directions: a root mean square of 0.60 is 0.12 uncertain, one of 0.0002 far from its bound."""
     pytest.importorskip("matplotlib")
     script = ROOT / "examples" / "kv_reuse" / "experiment.py"
     spec = importlib.util.spec_from_file_location("experiment", script)
@@ -52,7 +52,7 @@ def test_only_reuse_across_signs_is_biased(tmp_path, monkeypatch):
         rows = {row["reuse"][:3]: row for row in csv.DictReader(file)}
     bias = {name: float(row["bias_over_gradient"]) for name, row in rows.items()}
     assert max(bias["(a)"], bias["(b)"], bias["(d)"]) < 0.01
-    assert bias["(c)"] > 0.3
+    assert bias["(c)"] == pytest.approx(0.728, abs=0.01)  # another z: the committed rows and plot are to be made anew
     assert float(rows["(b)"]["tokens_reused"]) > 0.6
     assert float(rows["(d)"]["tokens_reused"]) > 0.8  # its first step computes the prompts
     assert (tmp_path / "kv-reuse.png").stat().st_size > 10_000

@@ -119,7 +119,8 @@ class DoctorCallback(TrainerCallback):
 _DIVERGED = ("stability", "problem")
 _BARS = "▁▂▃▄▅▆▇█"
 _SPARKS = 16  # characters
-_WIDE = 120  # columns that all figures need
+_WIDE = 180  # columns that all figures need beside a long bar
+_REST = 52  # columns of a short bar, its name, steps and times
 
 
 def _short(count: float) -> str:
@@ -188,12 +189,14 @@ class ProgressCallback(TrainerCallback):
             rate = logs.get("tokens_per_second", 0.0)
             self._losses.append(logs["loss"])
             figures = f"loss {sparkline(self._losses, _SPARKS if self._wide else 8)} {logs['loss']:.4f}"
-            if self._wide:
-                figures += f"  projected_grad {logs['projected_grad']:+.3g}  {rate:,.0f} tokens/s"
-            if self._wide and logs.get("reuse_percent"):
+            parts = [f"projected_grad {logs['projected_grad']:+.3g}  {rate:,.0f} tokens/s"]
+            if logs.get("reuse_percent"):
                 computed, asked = _short(logs["tokens_computed"]), _short(logs["tokens_asked"])
                 saved = f"{computed} of {asked} tokens computed, {logs['seconds_saved']:,.0f} s saved"
-                figures += f"  reuse {logs['reuse_percent']:.0f} %: {saved}"
+                parts.insert(0, f"reuse {logs['reuse_percent']:.0f} %: {saved}")
+            for part in parts:
+                if len(figures) + len(part) + _REST <= self._progress.console.width:
+                    figures += f"  {part}"
             self._progress.update(self._task, figures=figures)
         if "eval_loss" in logs:
             figures = "  ".join(f"{name} {value:.4f}" for name, value in logs.items() if name.startswith("eval_"))

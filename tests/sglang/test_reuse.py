@@ -9,6 +9,7 @@ from mezo import MeZOConfig, journal
 from mezo.engines.sglang import build
 from mezo.engines.sglang.engine import SGLangEngine
 from mezo.engines.sglang.scoring import Row, Scorer, waves
+from mezo.engines.sglang.versions import Prefill
 from mezo.errors import EngineError
 from mezo.objective import Target, TokenSequence
 from tests.sglang.conftest import finish, start_job
@@ -92,6 +93,19 @@ def test_waves_by_hand():
     assert waves(rows, 16) == [[0, 4], [1, 2, 3, 5, 6, 7]]
     assert waves(rows, 100) == [list(range(8))]
     assert waves([rows[0], rows[4]], 0) == [[0, 1]]
+
+
+def test_after_a_batch_that_fails_the_next_one_waits_for_the_scheduler():
+    def failing(requests, body):
+        raise RuntimeError("out of memory")
+
+    prefill = Prefill.__new__(Prefill)
+    prefill.shares_within_batch, prefill._under_way, prefill._forward = False, False, failing
+    prefill._request = lambda body, number: SimpleNamespace(prefix_indices=())
+    prefill._matches = SimpleNamespace(forget=lambda: None)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        prefill({"input_ids": [[1, 2]], "lora_path": [None]})
+    assert not prefill._under_way
 
 
 def test_prompts_that_never_stay_are_an_error():

@@ -362,11 +362,12 @@ class Prefill:
                     request = self._request(body, number)  # what was computed meanwhile counts
                 requests.append(request)
                 tokens += len(ids) - len(request.prefix_indices)
+            batch, requests = requests, []
+            parts.append(self._forward(batch, body))
         except BaseException:
             self._under_way = False
             self._unlock(requests)
             raise
-        parts.append(self._forward(requests, body))
         return lambda: self._finish(parts, order)
 
     def _order(self, body: Mapping[str, Any]) -> list[int]:
