@@ -106,7 +106,7 @@ def test_the_progress_bar_fits_into_80_columns(config, monkeypatch):
     shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text.getvalue()).replace("\r", "\n").splitlines()
     last = [line.rstrip() for line in shown if line.strip()][-1]
     assert len(last) <= 80
-    for part in ("training", "━", "10/10", "loss ", "0:00:0"):
+    for part in ("training", "━", "10/10", "loss ", "reuse 0 %", "0:00:0"):
         assert part in last
     assert "…" not in last
 
@@ -124,7 +124,7 @@ def test_the_progress_bar_shows_figures_and_survives_without_a_terminal(config, 
         assert part in shown
 
 
-@pytest.mark.parametrize("width", [130, 170, 180, 200])
+@pytest.mark.parametrize("width", [80, 130, 170, 180, 200])
 def test_the_progress_bar_says_what_reuse_saved(monkeypatch, width):
     monkeypatch.setenv("COLUMNS", str(width))
     progress, text = ProgressCallback(), io.StringIO()
@@ -134,7 +134,8 @@ def test_the_progress_bar_says_what_reuse_saved(monkeypatch, width):
     reuse = {"tokens_asked": 25_984, "tokens_computed": 6_880, "reuse_percent": 73.52, "seconds_saved": 12.4}
     progress.on_log(None, TrainerState(), None, {"loss": 0.5, "projected_grad": 1.0, "tokens_per_second": 9.0, **reuse})
     progress.stop()
-    assert "reuse 74 %: 6.88k of 26k tokens computed, 12 s saved" in text.getvalue()
+    assert ("reuse 74 %: 6.88k of 26k tokens computed, 12 s saved" in text.getvalue()) == (width > 80)
+    assert "reuse 74 %" in text.getvalue()
     assert "…" not in text.getvalue()  # steps and times have their room
     assert ("projected_grad" in text.getvalue()) == (width >= 170)
 

@@ -188,15 +188,16 @@ class ProgressCallback(TrainerCallback):
         if "loss" in logs:
             rate = logs.get("tokens_per_second", 0.0)
             self._losses.append(logs["loss"])
-            figures = f"loss {sparkline(self._losses, _SPARKS if self._wide else 8)} {logs['loss']:.4f}"
-            parts = [f"projected_grad {logs['projected_grad']:+.3g}  {rate:,.0f} tokens/s"]
-            if logs.get("reuse_percent"):
+            figures = f"loss {sparkline(self._losses, _SPARKS if self._wide else 4)} {logs['loss']:.4f}"
+            choices = [[f"projected_grad {logs['projected_grad']:+.3g}  {rate:,.0f} tokens/s"]]
+            if "reuse_percent" in logs:
+                reuse = f"reuse {logs['reuse_percent']:.0f} %"
                 computed, asked = _short(logs["tokens_computed"]), _short(logs["tokens_asked"])
                 saved = f"{computed} of {asked} tokens computed, {logs['seconds_saved']:,.0f} s saved"
-                parts.insert(0, f"reuse {logs['reuse_percent']:.0f} %: {saved}")
-            for part in parts:
-                if len(figures) + len(part) + _REST <= self._progress.console.width:
-                    figures += f"  {part}"
+                choices.insert(0, [f"{reuse}: {saved}", reuse] if logs["reuse_percent"] else [reuse])
+            for choice in choices:
+                room = self._progress.console.width - _REST - len(figures) - 2
+                figures += next((f"  {part}" for part in choice if len(part) <= room), "")
             self._progress.update(self._task, figures=figures)
         if "eval_loss" in logs:
             figures = "  ".join(f"{name} {value:.4f}" for name, value in logs.items() if name.startswith("eval_"))
