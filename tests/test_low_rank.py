@@ -282,6 +282,20 @@ def test_an_unfinished_layer_is_whole_for_every_reader(read, dtype):
     assert (torch.stack(expected) - torch.stack(list(halves))).abs().max() < (1e-5 if dtype == torch.float32 else 0.1)
 
 
+def test_a_pass_that_fails_shows_nothing_of_its_readers(monkeypatch):
+    """A relu that does not fit into memory is no whole read of its layer."""
+    model = Reader(F.relu).requires_grad_(False)
+    low_rank = LowRank(ParameterSpace(dict(model.named_parameters())), 2, 4)
+
+    def fails(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr(LowRankSum, "then", fails)
+    with pytest.raises(MemoryError), PerturbedForward(low_rank.probes(PROBES["two-point"])):
+        model(torch.randn(2, 5, 6))
+    assert not low_rank.readers.read_whole
+
+
 def test_trained_lines_of_a_dense_direction_are_drawn_once_for_both_signs(model_folder, monkeypatch):
     engine, examples = engine_for(model_folder("llama"), "llama")
     drawn = []
