@@ -296,6 +296,20 @@ def test_a_pass_that_fails_shows_nothing_of_its_readers(monkeypatch):
     assert not low_rank.readers.read_whole
 
 
+def test_what_several_matrices_read_comes_next_in_one_way():
+    """What the first pass shows holds: the second and third compute x V by the same products."""
+    matrices = {name: torch.randn(6, 6) for name in "aqkv"}
+    low_rank = LowRank(ParameterSpace(matrices), 4, 50)  # of rank 4 only two share a product
+    found = []
+    for _ in range(3):
+        probes = low_rank.probes(PROBES["two-point"])
+        found.append(probes.right_after("a"))
+        x = probes.linear(torch.randn(2, 5, 6), matrices["a"], None, False).then("relu")
+        for name in "qkv":
+            probes.linear(x, matrices[name], None, False)
+    assert found == [None, None, None]
+
+
 def test_trained_lines_of_a_dense_direction_are_drawn_once_for_both_signs(model_folder, monkeypatch):
     engine, examples = engine_for(model_folder("llama"), "llama")
     drawn = []

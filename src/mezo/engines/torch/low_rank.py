@@ -385,7 +385,7 @@ class LowRankProbes:
         """x V / √r of a matrix [P, N, r], in one product with those that read the same rows."""
         readers, rank = self.readers, self._state.rank
         if self._made is not None and self._made.values.are(x_PNI):
-            readers.next[self._made.name] = name
+            readers.next.setdefault(self._made.name, name)  # the last of several would be known to the next pass only
         last = self._last if self._last is not None and self._last.values.are(x_PNI) else None
         if last is not None and name not in last.names:
             readers.note(last.first, name)
