@@ -13,7 +13,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from mezo import MeZOConfig, UserError, mezo_finetune, philox
 from mezo.api import build_trainer, replay
 from mezo.engines.torch import dense
+from mezo.engines.torch import engine as engine_module
 from mezo.engines.torch.engine import TorchEngine
+from mezo.engines.torch.generation import generate
+from mezo.engines.torch.graphs import Graphs
 from mezo.engines.torch.low_rank import LowRank
 from mezo.engines.torch.optimizer import Adam, Momentum
 from mezo.engines.torch.perturbed import BATCHED_MODELS, PerturbedForward
@@ -308,6 +311,17 @@ def test_what_several_matrices_read_comes_next_in_one_way():
         for name in "qkv":
             probes.linear(x, matrices[name], None, False)
     assert found == [None, None, None]
+
+
+def test_generation_is_made_again_when_it_shows_something_new(model_folder, monkeypatch):
+    engine, examples = engine_for(model_folder("opt"), "opt", **LOW_RANK)
+    engine._graphs = Graphs(torch.device("cpu"))
+    calls = []
+    monkeypatch.setattr(engine_module, "generate", lambda *a, **k: calls.append(1) or generate(*a, **k))
+    prompts = [e.sequences[0].input_ids for e in examples[:2]]
+    first = engine.generate(prompts, PROBES["two-point"], 3, None)
+    assert len(calls) == 2
+    assert engine.generate(prompts, PROBES["two-point"], 3, None) == first and len(calls) == 3
 
 
 def test_trained_lines_of_a_dense_direction_are_drawn_once_for_both_signs(model_folder, monkeypatch):
