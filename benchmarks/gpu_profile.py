@@ -98,14 +98,14 @@ def main() -> None:
                     )  # fmt: skip
             for name, (milliseconds, launches) in sorted(kernels.items(), key=lambda k: -k[1][0])[: arguments.kernels]:
                 print(f"    {milliseconds:9.2f} {launches:6} {name[:90]}")
+            if arguments.output is not None:
+                with arguments.output.open("w", newline="") as file:
+                    writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+                    writer.writeheader()
+                    writer.writerows(rows)
             del engine, bare
             gc.collect()
             torch.cuda.empty_cache()
-    if arguments.output is not None:
-        with arguments.output.open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
 
 
 if __name__ == "__main__":
