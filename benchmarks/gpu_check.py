@@ -51,7 +51,7 @@ def words_equal() -> bool:
 
 def normals_equal() -> bool:
     starts = torch.tensor([0, 3, 1021, (1 << 34) + 1])
-    for width in (1, 255, 1024, 300_001, 1 << 22):
+    for width in (1, 255, 1024, 300_001, 1 << 22):  # the last one meets every entry of the tables
         expected = philox.reference_normals(9, STREAM, starts, width)
         for function in (philox.normals, philox.reference_normals):
             if not torch.equal(function(9, STREAM, starts.cuda(), width).cpu(), expected):
@@ -145,6 +145,12 @@ def losses_close(low_rank: tuple[int, int] | None = None) -> bool:
     return bool((on_gpu - on_cpu).abs().max() < 1e-5)
 
 
+def rows_of(tokens: int) -> list[Example]:
+    """Four rows for a decoder, whose last tokens are the answers."""
+    ids = torch.randint(1, 999, (4, tokens), generator=torch.Generator().manual_seed(0)).tolist()
+    return [Example((TokenSequence(tuple(row), (Target(tokens - 2, row[-1], 0),)),)) for row in ids]
+
+
 def decoders_close(devices: Sequence[str] = ("cuda", "cpu")) -> bool:
     """Low rank on OPT and Llama, where what makes fc2's and down's input computes its x V along, against the CPU."""
     sizes = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 999}
@@ -157,9 +163,7 @@ def decoders_close(devices: Sequence[str] = ("cuda", "cpu")) -> bool:
             torch.manual_seed(0)
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().to(device)
             engine = TorchEngine(model, NoTokenizer(), low_rank=(2, 6))
-            ids = torch.randint(1, 999, (4, 37), generator=torch.Generator().manual_seed(0)).tolist()
-            rows = [Example((TokenSequence(tuple(row), (Target(35, row[-1], 0),)),)) for row in ids]
-            losses.append(engine.losses(rows, [Probe(3, 1e-2), Probe(3, -1e-2)]))
+            losses.append(engine.losses(rows_of(37), [Probe(3, 1e-2), Probe(3, -1e-2)]))
             assert engine._low_rank is not None and len(engine._low_rank.readers.next) == 2
         # Sums of up to 1300 float32 products in another order: relative 1e-5 on losses around 7; signs differ by more.
         if (losses[0] - losses[1]).abs().max() > 1e-4 or (losses[1][0] - losses[1][1]).abs().max() < 1e-2:
@@ -226,8 +230,7 @@ def captured_close(low_rank: tuple[int, int] | None = None) -> bool:
     with torch.device("cuda"):
         model = OPTForCausalLM._from_config(config, dtype=torch.bfloat16).eval()
     engine = TorchEngine(model, NoTokenizer(), low_rank=low_rank)
-    ids = torch.randint(1, 999, (4, 128), generator=torch.Generator().manual_seed(0)).tolist()
-    rows = [Example((TokenSequence(tuple(row), (Target(126, row[-1], 0),)),)) for row in ids]
+    rows = rows_of(128)
     captured, plain = (Graphs(torch.device("cuda")) for _ in range(2))
     plain._captures = False
     apart, signs = 0.0, 0.0

@@ -25,7 +25,7 @@ REPEAT = 8  # times that a program of a large tensor does so, where it updates o
 _REPEAT_FORMING, _REPEAT_BOTH = 2, 4  # where it forms probes, without and with an update
 _MANY = 1 << 21  # elements of a large tensor: enough for all of a GPU's processors
 _MANY_PIECES = 1 << 13  # pieces of tensors of which each is enough for one program
-_ALIGNED = 64  # elements between the places of small tensors: tensor cores want addresses that are
+_ALIGNED = 64  # elements: tensor cores want addresses that are
 PIECE = 1 << 16  # elements of a tensor that one row of a table covers; a multiple of what a program covers
 
 
@@ -101,11 +101,17 @@ def perturb(
     return out_PN
 
 
+def aligned_places(sizes: Sequence[int], step: int = _ALIGNED) -> tuple[list[slice], int]:
+    """Places of tensors one after the other, each at a multiple of `step` elements, and the size of them all."""
+    *starts, end = 0, *itertools.accumulate(-(-size // step) * step for size in sizes)
+    return [slice(start, start + size) for start, size in zip(starts, sizes, strict=True)], end
+
+
 class Small(NamedTuple):
     """Small tensors of one type that `perturb_many` reads together."""
 
     table: Tensor  # int64 [tensors, 5] on the device: address, place, size, stream, row of the factors
-    places: tuple[slice, ...]  # in the memory of one probe
+    places: list[slice]  # in the memory of one probe
     size: int  # of that memory, in elements
     largest: int  # elements of one of them
 
@@ -115,10 +121,10 @@ class Small(NamedTuple):
     ) -> Small:
         """Args: the tensors; their streams of z; their rows in `factors_KP`; where they are."""
         sizes = [t.numel() for t in tensors]
-        *starts, end = 0, *itertools.accumulate(-(-size // _ALIGNED) * _ALIGNED for size in sizes)
+        places, end = aligned_places(sizes)
+        starts = [place.start for place in places]
         columns = ([t.data_ptr() for t in tensors], starts, sizes, list(map(_signed, streams)), numbers)
         table = torch.tensor(columns, dtype=torch.int64).T.contiguous().to(device)
-        places = tuple(slice(start, start + size) for start, size in zip(starts, sizes, strict=True))
         return cls(table, places, end, max(sizes, default=0))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -11,8 +10,7 @@ from torch import Tensor
 from mezo import philox
 from mezo.engines.torch.space import ParameterSpace
 from mezo.estimator import Probe
-
-_ALIGNED = 64  # elements
+from mezo.kernels import gpu
 
 
 class ProbeBuffers:
@@ -29,9 +27,8 @@ class ProbeBuffers:
     def __init__(self, space: ParameterSpace, bases: Mapping[str, Tensor] | None = None, *, aligned: bool = True):
         self._space = space
         self._bases = [p.detach() for p in (bases or space.parameters).values()]
-        step = _ALIGNED if aligned else 1
-        *starts, self._size = 0, *itertools.accumulate(-(-p.numel() // step) * step for p in self._bases)
-        self._places = [slice(start, start + p.numel()) for start, p in zip(starts, self._bases, strict=True)]
+        sizes = [p.numel() for p in self._bases]
+        self._places, self._size = gpu.aligned_places(sizes) if aligned else gpu.aligned_places(sizes, 1)
         self._ranges = dict(zip(space.parameters, self._places, strict=True))
         self._shapes = {name: base.shape for name, base in zip(space.parameters, self._bases, strict=True)}
         self._buffers: dict[int, _Buffer] = {}  # by number of probes

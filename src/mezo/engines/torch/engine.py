@@ -195,23 +195,20 @@ class TorchEngine:
     ) -> list[list[str]]:
         """See `Engine.generate`."""
         self._settle()
-        found = []
+        known, found = self._num_known, []
         for some in self._together(probes):
-            texts: list[list[str]] = []
-            known = -1
-            while self._num_known != known:  # as in `_scores`: what is generated must not depend on passes before
-                known = self._num_known
-                with self._perturbed(some):
-                    texts = generate(
-                        self.model,
-                        self.tokenizer,
-                        prompts,
-                        num_probes=len(some),
-                        batch_size=max(1, self.eval_batch_size // len(some)),
-                        max_new_tokens=max_new_tokens,
-                        stop=stop,
-                    )
-            found += texts
+            with self._perturbed(some):
+                found += generate(
+                    self.model,
+                    self.tokenizer,
+                    prompts,
+                    num_probes=len(some),
+                    batch_size=max(1, self.eval_batch_size // len(some)),
+                    max_new_tokens=max_new_tokens,
+                    stop=stop,
+                )
+        if self._num_known != known:  # as in `_scores`
+            return self.generate(prompts, probes, max_new_tokens, stop)
         return found
 
     def update(self, records: Sequence[Record]) -> None:
