@@ -1,7 +1,7 @@
 """Accuracy against forward passes and seconds, for plain MeZO and the methods that want to beat it.
 
     python benchmarks/methods.py --models FOLDER --data FOLDER --output FILE.csv
-        [--parts methods published long twins] [--tasks minilm-mlm/sst2 …] [--methods mezo …] [--seeds 0 1 2]
+        [--parts time methods published long twins] [--tasks minilm-mlm/sst2 …] [--methods mezo …] [--seeds 0 1 2]
         [--jobs 1] [--gpus 1] [--minutes 60] [--plan]
 
 methods: 1,000 training rows, of which a fifth is held out. Every method tries the same number of learning rates, half a
@@ -12,10 +12,11 @@ plain MeZO at the rates of the models' README, on all 1,000 rows. long: 100,000 
 on from the run's journal in `--work`.
 twins: other types and engines at another method's rate.
 
-What a step takes is measured first, for `--time_steps` steps with nothing beside it; then `--jobs` runs share the
-device. Rows of FILE.csv are appended when a run ends, and runs that it holds already are left out, so that an
-interrupted measurement goes on with the same command. No run begins that would not end within `--minutes`. `--plan`
-only says what is left to run and about how long it takes. methods_report.py makes tables and plots of the rows.
+time: what a step takes, `--time_steps` of them one method after the other, before anything else; give it a GPU of its
+own. Then `--jobs` runs share the device. Rows of FILE.csv are appended when a run ends, and runs that it holds already
+are left out, so that an interrupted measurement goes on with the same command. No run begins that would not end within
+`--minutes`. `--plan` only says what is left to run and about how long it takes. methods_report.py makes tables and
+plots of the rows.
 """
 
 import argparse
@@ -45,6 +46,7 @@ from methods_settings import (
     LONG_SEGMENT,
     LONG_STEPS,
     METHODS,
+    PARTS,
     PUBLISHED_EVERY,
     PUBLISHED_STEPS,
     TASKS,
@@ -277,10 +279,10 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--data", type=Path, required=True)
     found.add_argument("--output", type=Path, required=True)
     found.add_argument("--work", type=Path, default=Path("methods-long"), help="folder of the long run")
-    found.add_argument("--parts", nargs="+", choices=["methods", "published", "long", "twins"], default=["methods"])
+    found.add_argument("--parts", nargs="+", choices=PARTS, default=["time", "methods"])
     found.add_argument("--tasks", nargs="+", choices=TASKS, default=["minilm-mlm/sst2", "reviews-llama/sst2"])
     found.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    found.add_argument("--twins", nargs="+", choices=TWINS, default=["mezo lora, bf16"])
+    found.add_argument("--twins", nargs="+", choices=TWINS, default=[])
     found.add_argument("--rows", type=int, default=1000)
     found.add_argument("--forwards", type=int, default=4000)
     found.add_argument("--points", type=int, default=20, help="evaluations of a run")

@@ -60,6 +60,8 @@ def candidates(kind: str) -> list[str]:
 def _is_of(kind: str, options: dict[str, Any]) -> bool:
     if options.get("peft_type") == "prefix_tuning" or options.get("use_peft", False) != (kind != "full"):
         return False
+    if "trainable_layers" in options:  # not all parameters
+        return False
     try:
         MeZOConfig.from_dict(
             {"model_name_or_path": "", **options, **({"engine": "sglang"} if "sglang" in kind else {})}

@@ -70,7 +70,8 @@ class Schedule:
         """What may start now, the most wanted first."""
         parts = {"long": self._long, "published": self._published, "methods": self._methods, "twins": self._twins}
         for part in self.options.parts:
-            yield from (job for job in parts[part]() if job not in self.have and job not in self.under_way)
+            if part in parts:
+                yield from (job for job in parts[part]() if job not in self.have and job not in self.under_way)
 
     def left(self) -> list[Job]:
         """All that is not measured yet; rates that are not chosen yet stand for themselves."""
@@ -88,10 +89,12 @@ class Schedule:
         return jobs
 
     def untimed(self) -> list[Job]:
-        """A few steps of every method that is to run on a task; the rate does not matter."""
+        """A few steps of every method on every task, and of every twin; the rate does not matter."""
+        if "time" not in self.options.parts:
+            return []
         timed = {(job.task, job.method) for job in self.have if job.phase == "time"}
-        wanted = dict.fromkeys(self._pairs() if "methods" in self.options.parts else ())
-        wanted |= dict.fromkeys((job.task, job.method) for job in self.todo())
+        twins = [(task, twin) for task in self.options.tasks for twin in self.options.twins]
+        wanted = dict.fromkeys(self._pairs() + twins)
         rate = {pair: (best_rate(self.found, *pair) or 1e-7) for pair in wanted if pair not in timed}
         return [Job(*pair, rate[pair], self.options.seeds[0], "time") for pair in rate]
 

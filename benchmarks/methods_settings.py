@@ -70,6 +70,11 @@ METHODS: dict[str, tuple[dict[str, Any], float]] = {
         3e-2,
     ),
     f"lozo, adam, linear{THIRD}": ({**LOW_RANK, "optim": "adam", "lr_scheduler_type": "linear"}, 1e-3),
+    # The lower layers are computed once for all passes of a row.
+    "fzoo, 8 queries, last 2 layers": (
+        {"estimator": "fzoo", "num_queries": 8, "trainable_layers": "last:2"},
+        1e-2,
+    ),
     "mezo prefix": ({"use_peft": True, "peft_type": "prefix_tuning", "epsilon": 1e-1}, 1e-1),
 }
 # Options beside those of another method, at whose learning rate they run.
@@ -77,9 +82,15 @@ TWINS: dict[str, tuple[str, dict[str, Any]]] = {
     "mezo lora, bf16": ("mezo lora", {"dtype": "bfloat16"}),
     "mezo, bf16": ("mezo", {"dtype": "bfloat16"}),
     "fzoo, 8 queries, bf16": ("fzoo, 8 queries", {"dtype": "bfloat16"}),
-    "mezo lora, bf16, sglang": ("mezo lora", {"dtype": "bfloat16", "engine": "sglang"}),
+    "fzoo lora, 8 queries, bf16": ("fzoo lora, 8 queries", {"dtype": "bfloat16"}),
+    "fzoo, 8 queries, last 2 layers, bf16": ("fzoo, 8 queries, last 2 layers", {"dtype": "bfloat16"}),
+    "mezo lora, bf16, sglang": (
+        "mezo lora",
+        {"dtype": "bfloat16", "engine": "sglang", "sglang_engine_args": {"mem_fraction_static": "0.2"}},
+    ),
 }
 NUM_RATES = 4
+PARTS = ("time", "methods", "published", "long", "twins")
 # Plain MeZO on all of the 1,000 rows, at the rates and steps of the models' README.
 PUBLISHED = [("minilm-mlm/sst2", 1e-5), ("minilm-mlm/sst2", 3e-5), ("reviews-llama/sst2", 3e-5)]
 PUBLISHED_STEPS, PUBLISHED_EVERY = 2000, 500

@@ -115,6 +115,8 @@ def test_parts(tmp_path, measured):
         "1",
         "--methods",
         "mezo lora",
+        "--twins",
+        "mezo lora, bf16",
         "--parts",
         "long",
         "published",
