@@ -45,9 +45,7 @@ SHAPES = {
     ),
 }  # fmt: skip
 METHODS = {"low rank": {"direction": "low_rank"}, "LoRA": {"use_peft": True}, "dense": {}}
-METHODS |= {
-    f"{name}, {n} queries": {**METHODS[name], "num_queries": n} for name in ("low rank", "LoRA") for n in (2, 4, 8)
-}
+METHODS |= {f"{name}, {n} queries": {**METHODS[name], "num_queries": n} for name in tuple(METHODS) for n in (2, 4, 8)}
 SIZES = ["1x128", "4x128", "16x128", "16x400"]
 
 
