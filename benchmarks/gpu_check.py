@@ -78,7 +78,8 @@ def all_probes_equal(dtype: torch.dtype) -> bool:
             if not torch.equal(found.cpu(), torch.stack(expected)):
                 return False
     expected = [philox.add_normals(base, f, s, STREAM, 0).to(dtype).view(64, 512) for s, f in probes]
-    small = gpu.Small.of([base.cuda(), base[:77].cuda()], [STREAM, STREAM], [0, 0], torch.device("cuda"))
+    tensors = [base.cuda(), base[:77].cuda()]  # the table holds their addresses
+    small = gpu.Small.of(tensors, [STREAM, STREAM], [0, 0], torch.device("cuda"))
     found = torch.empty(4, small.size, dtype=dtype, device="cuda")
     gpu.perturb_many(small, found, seeds, factors.cuda()[None], paired=True)
     for place in small.places:

@@ -128,3 +128,29 @@ def test_copies_begin_where_products_read_them_fast(model_folder):
     parts = {name: copies.part(flat_PN, name) for name in engine.space.parameters}
     assert any(part[0].numel() % 64 for part in parts.values())
     assert all(row.storage_offset() % 64 == 0 for part in parts.values() for row in part)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("name", ["llama", "opt", "gpt2"])
+def test_decoders_get_no_mask_where_it_says_nothing(model_folder, monkeypatch, name, window):
+    """As during a capture, when transformers cannot look at values; rows beyond a sliding window need their mask."""
+    engine, examples = engine_for(model_folder(name), name, {})
+    probes, plain = TwoPoint(7, 0.05).probes(0), engine_for(model_folder(name), name, {})[0]
+    expected = plain.losses(examples[:5], probes)
+    if window is not None:
+        engine._reach = window
+    attention, masks = torch.nn.functional.scaled_dot_product_attention, []
+
+    def recorded(*args, **kwargs):
+        masks.append(kwargs.get("attn_mask"))
+        return attention(*args, **kwargs)
+
+    monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", recorded)
+    monkeypatch.setattr("transformers.masking_utils.is_tracing", lambda *_: True)
+    as_on_gpu(engine)._checked_reads = True
+    losses = engine.losses(examples[:5], probes)
+    assert (losses - expected).abs().max() < TOLERANCE
+    assert len(masks) > 1 and (window is not None or all(mask is None for mask in masks))
+    assert engine.model.config._attn_implementation == "sdpa"
+    if name == "llama":  # what it is for: without it the mask is made
+        assert all((mask is None) == (window is None) for mask in masks)

@@ -32,7 +32,7 @@ from mezo.engines.torch.buffer import ProbeBuffers
 from mezo.engines.torch.deferred import DeferredUpdate, is_capturing
 from mezo.engines.torch.dense import Copies, Dense, DenseOnGPU, ProbeKeys, is_paired
 from mezo.engines.torch.generation import generate
-from mezo.engines.torch.graphs import Graphs, Shape, StaticInputs
+from mezo.engines.torch.graphs import Graphs, Shape, StaticInputs, unmasked_attention
 from mezo.engines.torch.layers import FrozenLayers, first_trained_layer
 from mezo.engines.torch.lora import BatchedLoRA
 from mezo.engines.torch.low_rank import LowRank
@@ -524,13 +524,15 @@ class TorchEngine:
         static = self._graphs.inputs(shape, prefixes[0] if prefixes else None)
         static.fill(rows, reads, self._pad, prefixes)
         deferred = None if self._keys is None else self._keys.deferred
+        is_causal = not prefixes and shape.tokens <= self._reach
 
         def forward(static: StaticInputs) -> Tensor:
             arguments = static.arguments(self.model.dtype, encoder=not self._is_decoder)
             if "use_cache" in self._accepted:
                 arguments.setdefault("use_cache", False)
             row_Q, position_Q = static.reads.places(len(probes), shape.rows)
-            with self._perturbed(probes) as inside, _LastHidden(self._transformer, row_Q, position_Q):
+            attention = unmasked_attention(self._transformer) if is_causal else nullcontext()
+            with self._perturbed(probes) as inside, _LastHidden(self._transformer, row_Q, position_Q), attention:
                 logits = self._transformer(**arguments).logits
             if deferred is not None:
                 weights = inside.weights if isinstance(inside, PerturbedForward) else None

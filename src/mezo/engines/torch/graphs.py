@@ -14,19 +14,23 @@ from __future__ import annotations
 import math
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from mezo.engines.torch.batch import Padded, Reads
 from mezo.errors import is_out_of_memory
 
 _TOKENS, _POSITIONS, _READS = 8, 64, 32  # buckets
 _KEPT = 64
+_UNMASKED = "mezo_causal_sdpa"
+AttentionInterface.register(_UNMASKED, sdpa_attention_forward)  # and no function that makes a mask for it
 
 
 class Shape(NamedTuple):
@@ -162,6 +166,24 @@ class _FilledLayer(DynamicLayer):
     def get_seq_length(self) -> int:
         """Positions before the ones that the model computes."""
         return self._filled
+
+
+@contextmanager
+def unmasked_attention(decoder: PreTrainedModel) -> Iterator[None]:
+    """A context in which PyTorch's attention of a decoder is causal and gets no mask.
+
+    While a graph is captured, transformers cannot see that a mask would say nothing else and makes one, with which
+    attention takes twice as long. Only for decoders without sliding windows, or rows within them.
+    """
+    config = decoder.config.get_text_config()
+    if config._attn_implementation != "sdpa":
+        yield
+        return
+    config._attn_implementation = _UNMASKED
+    try:
+        yield
+    finally:
+        config._attn_implementation = "sdpa"
 
 
 class Graphs:
