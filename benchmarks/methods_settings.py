@@ -71,8 +71,10 @@ METHODS: dict[str, tuple[dict[str, Any], float]] = {
     ),
     f"lozo, adam, linear{THIRD}": ({**LOW_RANK, "optim": "adam", "lr_scheduler_type": "linear"}, 1e-3),
     # The lower layers are computed once for all passes of a row.
-    "fzoo, 8 queries, last 2 layers": (
-        {"estimator": "fzoo", "num_queries": 8, "trainable_layers": "last:2"},
+    "fzoo, 8 queries, last 2 layers": ({"estimator": "fzoo", "num_queries": 8, "trainable_layers": "last:2"}, 1e-2),
+    "fzoo, 8 queries, last 3 layers": ({"estimator": "fzoo", "num_queries": 8, "trainable_layers": "last:3"}, 1e-2),
+    f"fzoo, 8 queries, last 2 layers, linear{THIRD}": (
+        {"estimator": "fzoo", "num_queries": 8, "trainable_layers": "last:2", "lr_scheduler_type": "linear"},
         1e-2,
     ),
     "mezo prefix": ({"use_peft": True, "peft_type": "prefix_tuning", "epsilon": 1e-1}, 1e-1),
