@@ -12,6 +12,7 @@ from tests.conftest import SENTIMENT_ROWS
 from tests.test_low_rank import DIRECTIONS, TOLERANCE, noisy, numbers, options_for
 
 KINDS = {**DIRECTIONS, "lora": {"use_peft": True, "lora_r": 2}}
+KINDS |= {f"{name}, last layer": {**KINDS[name], "trainable_layers": "last:1"} for name in ("dense", "low_rank", "lora")}
 PROMPT = {"llama": "text", "opt": "text", "gpt2": "text", "bert": "mask", "roberta": "mask"}
 
 
@@ -50,7 +51,8 @@ def test_static_pass(model_folder, name, kind):
     static, examples = engine_for(model_folder(name), name, KINDS[kind])
     plain, _ = engine_for(model_folder(name), name, KINDS[kind])
     assert_same_trajectory(as_on_gpu(static), plain, examples)
-    assert isinstance(static._weights(TwoPoint(0, 0.1).probes(0)), Copies) == (kind == "dense")
+    assert isinstance(static._weights(TwoPoint(0, 0.1).probes(0)), Copies) == ("dense" in kind)
+    assert (static._frozen is not None) == ("last layer" in kind)
 
 
 def test_more_probes_than_copies(model_folder, monkeypatch):

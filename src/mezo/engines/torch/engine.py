@@ -12,7 +12,7 @@ import inspect
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -446,14 +446,16 @@ class TorchEngine:
             cut = shared_prefixes(examples, self._cost_of_pass(len(probes)))
             if sum(max(map(len, stage.chunks)) for stage in cut) <= self._reach:
                 stages = cut
+        hidden_RSD = None if self._frozen is None else self._hidden_states(self._frozen, sequences)
+        share = 1.0 if self._frozen is None else 1.0 - self._frozen.share
         if len(stages) == 1 and not greedy and self._is_static(stages[0], probes):
-            self.work.computed += len(probes) * stages[0].num_tokens
-            return self._read_static(stages[0], sequences, probes, greedy)
+            self.work.computed += share * len(probes) * stages[0].num_tokens
+            return self._read_static(stages[0], sequences, probes, greedy, hidden_RSD=hidden_RSD)
         known, padding = self._num_known, self.work.padding
-        frozen = nullcontext() if self._frozen is None else self._below(self._frozen, sequences, len(probes))
         past: Past | None = None
         perturbed = self._perturbed(probes)
-        with perturbed as inside, frozen:
+        repeated_RSD = None if hidden_RSD is None else hidden_RSD.repeat(len(probes), 1, 1)
+        with perturbed as inside, self._above(repeated_RSD):
             for stage in stages[:-1]:
                 past = self._extend(past, stage, len(probes))
             scores = self._read(past, stages[-1], sequences, len(probes), greedy)
@@ -463,7 +465,6 @@ class TorchEngine:
         reader = inside.weights if isinstance(inside, PerturbedForward) else self._lora
         if any(p.scale != 0.0 for p in probes) and reader is not None and not self._checked_reads:
             self._report_unread(reader.read_names)
-        share = 1.0 if self._frozen is None else 1.0 - self._frozen.share
         self.work.computed += share * len(probes) * sum(stage.num_tokens for stage in stages)
         return scores
 
@@ -494,7 +495,7 @@ class TorchEngine:
         moved = any(probe.scale != 0.0 for probe in probes)
         if self._graphs is None or not self._share or (moved and not self._checked_reads):
             return False
-        if self._has_prefix or self._frozen is not None or self._transformer.config.is_encoder_decoder:
+        if self._has_prefix or self._transformer.config.is_encoder_decoder:
             return False
         if self._low_rank is not None:
             known = self._low_rank.keep == 1.0
@@ -510,6 +511,7 @@ class TorchEngine:
         probes: Sequence[Probe],
         greedy: bool,
         prefixes: Sequence[Tensor] = (),
+        hidden_RSD: Tensor | None = None,
     ) -> list[TargetScores]:
         """As `_read`, on static tensors, so that a CUDA graph can replay it."""
         assert self._graphs is not None
@@ -521,8 +523,8 @@ class TorchEngine:
         moved = not isinstance(self._perturbed(probes), nullcontext)  # writes the parameters, which no graph must hold
         shape = Shape.of(len(probes), is_paired(probes), moved, *sizes, greedy)
         self.work.padding += len(probes) * (shape.rows * shape.tokens - stage.num_tokens)
-        static = self._graphs.inputs(shape, prefixes[0] if prefixes else None)
-        static.fill(rows, reads, self._pad, prefixes)
+        static = self._graphs.inputs(shape, prefixes[0] if prefixes else None, hidden_RSD)
+        static.fill(rows, reads, self._pad, prefixes, hidden_RSD)
         deferred = None if self._keys is None else self._keys.deferred
         is_causal = not prefixes and shape.tokens <= self._reach
 
@@ -532,7 +534,8 @@ class TorchEngine:
                 arguments.setdefault("use_cache", False)
             row_Q, position_Q = static.reads.places(len(probes), shape.rows)
             attention = unmasked_attention(self._transformer) if is_causal else nullcontext()
-            with self._perturbed(probes) as inside, _LastHidden(self._transformer, row_Q, position_Q), attention:
+            last = _LastHidden(self._transformer, row_Q, position_Q)
+            with self._perturbed(probes) as inside, self._above(static.hidden_RSD), last, attention:
                 logits = self._transformer(**arguments).logits
             if deferred is not None:
                 weights = inside.weights if isinstance(inside, PerturbedForward) else None
@@ -581,8 +584,12 @@ class TorchEngine:
         found[()] = some[:, :, :, :0]
         return [found[key] for key in wanted]
 
-    def _below(self, frozen: FrozenLayers, sequences: Sequence[TokenSequence], num_probes: int) -> ExitStack:
-        """A context in which the frozen layers' outputs are taken from the store, or computed once."""
+    def _above(self, hidden_RSD: Tensor | None) -> AbstractContextManager[object]:
+        """A context in which a pass takes these hidden states for the frozen layers' output, if there are any."""
+        return nullcontext() if self._frozen is None or hidden_RSD is None else self._frozen.skipped(hidden_RSD)
+
+    def _hidden_states(self, frozen: FrozenLayers, sequences: Sequence[TokenSequence]) -> Tensor:
+        """What frozen layers hand on, [R, S, D], from the store or computed once."""
         rows = [s.input_ids for s in sequences]
         found = {key: kept for key in set(rows) if (kept := self._store.get(key)) is not None}
         missing = sorted(set(rows) - set(found), key=len)
@@ -594,8 +601,7 @@ class TorchEngine:
                 found[key] = states_SD[: len(key)]
                 self._store.put(key, found[key])
             self.work.computed += frozen.share * stage.num_tokens
-        states = [found[key].to(self.model.device) for key in rows]
-        return frozen.skipped(pad_sequence(states, batch_first=True).repeat(num_probes, 1, 1))
+        return pad_sequence([found[key].to(self.model.device) for key in rows], batch_first=True)
 
     def _extend(self, past: Past | None, stage: Stage, num_probes: int) -> Past:
         """Keys and values of one more stage."""

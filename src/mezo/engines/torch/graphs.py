@@ -56,6 +56,13 @@ class Shape(NamedTuple):
         tokens, positions = _up(tokens, _TOKENS), _up(positions, _POSITIONS)
         return cls(probes, paired, moved, rows, tokens, positions, _up(reads, _READS), _up(targets, _READS), greedy)
 
+    def size_of_kept(self, prefix: Tensor | None, hidden: Tensor | None) -> tuple[int, ...]:
+        """What `StaticInputs` keep of a store: prompts of all probes, hidden states of one, nothing."""
+        if prefix is not None:
+            layers, _, heads, _, width = prefix.shape
+            return (layers, 2, self.probes * self.rows, heads, self.positions + self.tokens, width)
+        return (0,) if hidden is None else (self.rows, self.tokens, hidden.shape[2])
+
 
 def _up(value: int, step: int) -> int:
     return -(-value // step) * step
@@ -64,10 +71,24 @@ def _up(value: int, step: int) -> int:
 class StaticInputs:
     """Tensors of one probe that a graph reads, at the size of its bucket: one memory, filled with one transfer.
 
-    Keys and values of prompts, of all probes, lie in `memory`.
+    Keys and values of prompts, of all probes, lie in `memory`, or what frozen layers hand on.
+
+    Args:
+        shape: the bucket.
+        device: where the model is.
+        memory: as large as `size_of_kept`.
+        prefix: keys and values [L, 2, H, P, D] of some prompt, if rows go on from prompts.
+        hidden: hidden states [R, S, D] of some rows, if they stand for frozen layers.
     """
 
-    def __init__(self, shape: Shape, device: torch.device, prefix: Tensor | None = None, memory: Tensor | None = None):
+    def __init__(
+        self,
+        shape: Shape,
+        device: torch.device,
+        memory: Tensor,
+        prefix: Tensor | None = None,
+        hidden: Tensor | None = None,
+    ):
         rows, queries, targets = (shape.rows,), (shape.reads,), (shape.targets,)
         table = (shape.rows, shape.tokens)
         sizes = [table, table, rows, rows, queries, queries, targets, targets]
@@ -84,13 +105,22 @@ class StaticInputs:
         self._ids_RS, self._position_ids_RS, self._length_R, self._prompt_R = static[:4]
         self._host_reads, self.reads = Reads(*on_host[4:]), Reads(*static[4:])
         self._kv_L2RHKD: Tensor | None = None
-        if prefix is not None and memory is not None:
-            layers, _, heads, _, width = prefix.shape
-            size = (layers, 2, shape.probes * shape.rows, heads, shape.positions + shape.tokens, width)
+        self._hidden_RSD: Tensor | None = None
+        size = shape.size_of_kept(prefix, hidden)
+        if prefix is not None:
             self._kv_L2RHKD = memory[: math.prod(size)].view(size)
+        elif hidden is not None:
+            self._hidden_RSD = memory[: math.prod(size)].view(size)
 
-    def fill(self, rows: Padded, reads: Reads, pad_token_id: int, prefixes: Sequence[Tensor] = ()) -> None:
-        """Takes a batch, and the keys and values [L, 2, H, P, D] of its rows' prompts."""
+    def fill(
+        self,
+        rows: Padded,
+        reads: Reads,
+        pad_token_id: int,
+        prefixes: Sequence[Tensor] = (),
+        hidden_RSD: Tensor | None = None,
+    ) -> None:
+        """Takes a batch, the keys and values [L, 2, H, P, D] of its rows' prompts, what frozen layers hand on."""
         num_rows, width = rows.input_ids_RS.shape
         self._host_ids_RS.fill_(pad_token_id)
         self._host_ids_RS[:num_rows, :width] = rows.input_ids_RS
@@ -104,6 +134,10 @@ class StaticInputs:
             self._host_prompt_R.zero_()
             self._host_prompt_R[:num_rows] = torch.tensor([p.shape[3] for p in prefixes])
             self._fill_prompts(prefixes)
+        if hidden_RSD is not None:
+            assert self._hidden_RSD is not None
+            self._hidden_RSD.zero_()
+            self._hidden_RSD[:num_rows, :width] = hidden_RSD
         self._flat.copy_(self._host, non_blocking=True)
 
     def _fill_prompts(self, prefixes: Sequence[Tensor]) -> None:
@@ -114,6 +148,11 @@ class StaticInputs:
             kv_L2PHKD[:, :, :, :, prefix.shape[3] :] = 0.0  # never read, but 0 · NaN is NaN
         for row in range(len(prefixes), self.shape.rows):
             self._kv_L2RHKD[:, :, row :: self.shape.rows] = 0.0
+
+    @property
+    def hidden_RSD(self) -> Tensor | None:
+        """What frozen layers hand on to the rows of all probes."""
+        return None if self._hidden_RSD is None else self._hidden_RSD.repeat(self.shape.probes, 1, 1)
 
     def arguments(self, dtype: torch.dtype, *, encoder: bool) -> dict[str, Any]:
         """What the model takes. A decoder's rows need no mask without a prompt: padding stands behind what is read."""
@@ -205,14 +244,15 @@ class Graphs:
         self.num_bytes = 0  # of the memory that they share
         self._kept: OrderedDict[Shape, _Pass] = OrderedDict()
 
-    def inputs(self, shape: Shape, prefix: Tensor | None = None) -> StaticInputs:
-        """The static inputs of a bucket; `prefix` shows the layers, heads, width and dtype of keys and values."""
+    def inputs(self, shape: Shape, prefix: Tensor | None = None, hidden: Tensor | None = None) -> StaticInputs:
+        """The static inputs of a bucket; `prefix` and `hidden` show sizes and dtype, see `StaticInputs`."""
         if shape not in self._kept:
-            if prefix is not None:
-                self._reserve(shape, prefix)
+            some = prefix if prefix is not None else hidden
+            if some is not None:
+                self._reserve(math.prod(shape.size_of_kept(prefix, hidden)), some.dtype)
             while len(self._kept) >= _KEPT:
                 self._kept.popitem(last=False)
-            self._kept[shape] = _Pass(StaticInputs(shape, self._device, prefix, self._memory))
+            self._kept[shape] = _Pass(StaticInputs(shape, self._device, self._memory, prefix, hidden))
         self._kept.move_to_end(shape)
         return self._kept[shape].static
 
@@ -240,12 +280,10 @@ class Graphs:
         kept.graph.replay()
         return kept.output
 
-    def _reserve(self, shape: Shape, prefix: Tensor) -> None:
-        layers, _, heads, _, width = prefix.shape
-        needed = layers * 2 * shape.probes * shape.rows * heads * (shape.positions + shape.tokens) * width
+    def _reserve(self, needed: int, dtype: torch.dtype) -> None:
         if self._memory.numel() < needed:
             self.clear()
-            self._memory = torch.empty(needed, dtype=prefix.dtype, device=self._device)
+            self._memory = torch.empty(needed, dtype=dtype, device=self._device)
 
     def _capture(self, kept: _Pass, forward: Callable[[StaticInputs], Tensor]) -> None:
         side = torch.cuda.Stream()
