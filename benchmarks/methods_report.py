@@ -1,6 +1,7 @@
 """Tables and plots of what benchmarks/methods.py has measured, from its CSV file alone.
 
     python benchmarks/methods_report.py FILE.csv [--output FOLDER] [--methods mezo "lozo, adam" …]
+        [--page docs/methods.md]
 
 Curves are those of each method at the learning rate that its held-out rows chose, median of the seeds, with the
 smallest and the largest as a band. A curve reaches an accuracy where two evaluations in a row have it, since the best
@@ -94,6 +95,39 @@ def table(found: list[Row], show: Callable[[str], None] = print) -> None:
                  f"{forwards:9.0f} {seconds:8.1f}  {edge}")  # fmt: skip
 
 
+def page_table(found: list[Row]) -> str:
+    """The same of the tasks that plain MeZO was measured on, side by side, for a page."""
+    tasks = {task: methods for task, methods in finals(found).items() if len(methods.get("mezo", _NONE).curves) > 1}
+    goals = {task: statistics.median(methods["mezo"].ends()) / 100 for task, methods in tasks.items()}
+    names = [f"{task}, % | passes | s" for task in tasks]
+    lines = [f"| method | {' | '.join(names)} |", "|---|" + "---|" * 3 * len(tasks)]
+    for method in (*METHODS, *TWINS):
+        cells = [
+            _cells(methods[method], goals[task]) if method in methods else "| | " for task, methods in tasks.items()
+        ]
+        if any(cell != "| | " for cell in cells):
+            lines.append(f"| {method} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+_NONE = Finals([], math.nan)
+
+
+def _cells(of: Finals, goal: float) -> str:
+    ends, (forwards, seconds) = of.ends(), of.until(goal)
+    spread = f" ({ends[0]:.1f}–{ends[-1]:.1f})" if len(ends) > 1 else " (one seed)"
+    reach = "–" if math.isinf(forwards) else f"{forwards:,.0f}"
+    time = "" if math.isnan(seconds) else "–" if math.isinf(seconds) else f"{seconds:.1f}"
+    return f"{statistics.median(ends):.1f}{spread} | {reach} | {time}"
+
+
+def with_table(page: str, name: str, table: str) -> str:
+    """The page with the table between the two comments that name it."""
+    begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+    before, after = page.partition(begin)[0], page.partition(end)[2]
+    return f"{before}{begin}\n\n{table}\n\n{end}{after}"
+
+
 def published(found: list[Row], show: Callable[[str], None] = print) -> None:
     """Plain MeZO beside the independent figures, at the same steps."""
     points: dict[tuple[str, float, int], list[float]] = defaultdict(list)
@@ -163,8 +197,12 @@ def plot_task(task: str, methods: dict[str, Finals], wanted: Sequence[str], path
         if name in methods:
             for axis in axes:
                 axis.axhline(statistics.median(methods[name].ends()), color="gray", linestyle=style, label=name)
-    axes[0].set(title=task, xlabel="forward passes", ylabel="accuracy, %")
+    plain, best = methods["mezo"], max(max(of.ends()) for of in methods.values())
+    figure.suptitle(task)
+    axes[0].set(xlabel="forward passes", ylabel="accuracy, %", ylim=(statistics.median(plain.ends()) - 14, best + 1))
     axes[1].set(xlabel="seconds, nothing beside it")
+    if not math.isnan(plain.step_seconds):  # what takes longer than plain MeZO is cut off
+        axes[1].set(xlim=(0, 1.1 * plain.bands()[-1][1]))
     axes[0].legend(fontsize=8)
     for axis in axes:
         axis.grid(alpha=0.3)
@@ -192,9 +230,12 @@ def main() -> None:
     parser.add_argument("file", type=Path)
     parser.add_argument("--output", type=Path, help="folder for the plots; none are made without it")
     parser.add_argument("--methods", nargs="+", default=[], choices=[*METHODS, *TWINS])
+    parser.add_argument("--page", type=Path, help="page to put the table on, between <!-- methods.csv --> and its end")
     options = parser.parse_args()
     found = read(options.file)
     table(found)
+    if options.page:
+        options.page.write_text(with_table(options.page.read_text(), "methods.csv", page_table(found)))
     published(found)
     twins(found)
     points = long_run(found)
@@ -206,6 +247,8 @@ def main() -> None:
         return
     options.output.mkdir(parents=True, exist_ok=True)
     for task, methods in finals(found).items():
+        if "mezo" not in methods:
+            continue
         plot_task(task, methods, options.methods, options.output / f"methods-{task.replace('/', '-')}.png")
     if points:
         plot_long(points, options.output / "methods-long.png")

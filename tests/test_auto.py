@@ -26,6 +26,7 @@ from tests.test_resume import assert_same_weights
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import methods_choice
+import methods_report
 import methods_schedule
 from methods_settings import METHODS, TRAINED, Job, forwards_per_step, rates
 
@@ -328,7 +329,9 @@ def test_the_table_and_the_page_belong_together():
     entries = auto.entries()
     assert entries.keys() == KINDS.keys() == methods_choice.KINDS.keys()
     page = methods_choice.DOCS.read_text()
-    assert methods_choice.with_table(page, methods_choice.docs_table(entries)) == page
+    assert methods_choice.with_table(page, "auto.yaml", methods_choice.docs_table(entries)) == page
+    measured = methods_report.page_table(methods_schedule.read(ROWS))
+    assert methods_choice.with_table(page, "methods.csv", measured) == page
     assert methods_choice.to_yaml(yaml.safe_load(auto.TABLE.read_text())) == auto.TABLE.read_text()
     for kind, entry in entries.items():
         assert entry.method in methods_choice.candidates(kind)

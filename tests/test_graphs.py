@@ -12,7 +12,8 @@ from tests.conftest import SENTIMENT_ROWS
 from tests.test_low_rank import DIRECTIONS, TOLERANCE, noisy, numbers, options_for
 
 KINDS = {**DIRECTIONS, "lora": {"use_peft": True, "lora_r": 2}}
-KINDS |= {f"{name}, last layer": {**KINDS[name], "trainable_layers": "last:1"} for name in ("dense", "low_rank", "lora")}
+LAST = {"trainable_layers": "last:1"}
+KINDS |= {f"{name}, last layer": {**KINDS[name], **LAST} for name in ("dense", "low_rank", "lora")}
 PROMPT = {"llama": "text", "opt": "text", "gpt2": "text", "bert": "mask", "roberta": "mask"}
 
 

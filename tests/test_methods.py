@@ -234,6 +234,10 @@ def test_report_by_hand(tmp_path):
     methods_report.table(found, shown.append)
     (line,) = [text for text in shown if text.startswith("lozo, adam")]
     assert line.split()[2:] == ["3", "3.2e-04", "83.0", "82.0-84.0", "2000", "10.0"]
+    assert methods_report.page_table(found).splitlines()[2:] == [
+        "| mezo | 81.0 (80.0–82.0) | 4,000 |  |",
+        "| lozo, adam | 83.0 (82.0–84.0) | 2,000 | 10.0 |",
+    ]
     pytest.importorskip("matplotlib")
     path = tmp_path / "plot.png"
     methods_report.plot_task("minilm-mlm/sst2", methods_of_task, [], path)
