@@ -144,7 +144,7 @@ def run(job: Job, options: argparse.Namespace) -> Rows:
     place: Any = tempfile.TemporaryDirectory()
     if job.phase.startswith("long"):
         steps = int(job.phase.split()[1])
-        place = contextlib.nullcontext(options.work / f"{job.task}-{job.learning_rate}-{job.seed}")
+        place = contextlib.nullcontext(options.work / f"{job.task}-{job.method}-{job.learning_rate}-{job.seed}")
     with place as folder:
         config = MeZOConfig.from_dict(
             {
@@ -290,6 +290,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--published_steps", type=int, default=PUBLISHED_STEPS)
     found.add_argument("--long_steps", type=int, default=LONG_STEPS)
     found.add_argument("--segment_steps", type=int, default=LONG_SEGMENT)
+    found.add_argument("--long_method", choices=["mezo", "mezo, bf16"], default="mezo, bf16")
     found.add_argument("--long_rate", type=float, default=1e-5)
     found.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     found.add_argument("--jobs", type=int, default=1, help="runs side by side")

@@ -162,8 +162,10 @@ def _distance(pairs: Sequence[tuple[list[Row], list[Row]]]) -> float:
 
 
 def long_run(found: list[Row]) -> list[Row]:
-    """The points of the long run, as far as it came."""
-    return sorted((row for row in found if row["phase"].startswith("long")), key=lambda row: int(row["step"]))
+    """The points of the long run, as far as it came; of several methods' the one that came farthest."""
+    points = [row for row in found if row["phase"].startswith("long")]
+    farthest = max(points, key=lambda row: int(row["step"]), default={"method": ""})["method"]
+    return sorted((row for row in points if row["method"] == farthest), key=lambda row: int(row["step"]))
 
 
 def shown_methods(methods: dict[str, Finals], wanted: Sequence[str]) -> list[str]:
@@ -216,7 +218,7 @@ def plot_long(points: list[Row], path: Path) -> None:
     axis = figure.subplots()
     steps = [int(p["step"]) for p in points]
     axis.plot(steps, [100 * float(p["accuracy"]) for p in points], color="C0", label="accuracy, %")
-    axis.set(xlabel="step", ylabel="accuracy, %", title=f"plain MeZO, {points[0]['task']}")
+    axis.set(xlabel="step", ylabel="accuracy, %", title=f"{points[0]['method']}, {points[0]['task']}")
     right = axis.twinx()
     right.plot(steps, [float(p["held_out_loss"]) for p in points], color="C1", label="held-out loss")
     right.set_ylabel("held-out loss")

@@ -28,8 +28,11 @@ def steps_of(job: Job, options: argparse.Namespace) -> int:
     """Steps that a run takes, a segment of the long one by itself."""
     if job.phase.startswith("long"):
         return options.segment_steps
-    if job.phase == "time":  # fewer of the longer ones
-        return max(min(10, options.time_steps), 2 * options.time_steps // forwards_per_step(job.method))
+    if job.phase == "time":  # fewer of the longest ones; all of them past the capture of graphs
+        return max(
+            min(10, options.time_steps),
+            min(options.time_steps, 10 * options.time_steps // forwards_per_step(job.method)),
+        )
     if job.phase == "published":
         return options.published_steps
     if job.method.startswith(FIRST_ORDER):
@@ -141,7 +144,13 @@ class Schedule:
         return [] if busy else [job for job in map(self._segment, ends) if job not in self.have][:1]
 
     def _segment(self, end: int) -> Job:
-        return Job(self.options.tasks[0], "mezo", self.options.long_rate, self.options.seeds[0], f"long {end}")
+        return Job(
+            self.options.tasks[0],
+            self.options.long_method,
+            self.options.long_rate,
+            self.options.seeds[0],
+            f"long {end}",
+        )
 
 
 def estimate(schedule: Schedule) -> Estimate:
