@@ -221,15 +221,17 @@ def deferred_equal(dtype: torch.dtype, queries: int = 1) -> bool:
     return captured > 0 and waiting.digest() == prompt.digest()
 
 
-def captured_close(low_rank: tuple[int, int] | None = None) -> bool:
-    """Captured passes against the same kernels launched one by one, with layers of real size: within a
-    hundredth of what both signs differ by."""
+def captured_close(low_rank: tuple[int, int] | None = None, *, last: bool = False) -> bool:
+    """Captured passes against the same kernels launched one by one, with layers of real size, of all layers or above
+    frozen ones: within a hundredth of what both signs differ by."""
     config = OPTConfig(
         hidden_size=4096, word_embed_proj_dim=4096, ffn_dim=16384, num_hidden_layers=6, num_attention_heads=32,
         vocab_size=999,
     )  # fmt: skip
     with torch.device("cuda"):
         model = OPTForCausalLM._from_config(config, dtype=torch.bfloat16).eval()
+    if last:
+        model.requires_grad_(False).get_decoder().layers[-1].requires_grad_(True)
     engine = TorchEngine(model, NoTokenizer(), low_rank=low_rank)
     rows = rows_of(128)
     captured, plain = (Graphs(torch.device("cuda")) for _ in range(2))
@@ -379,6 +381,8 @@ def main() -> int:
         "low rank: captured passes within 1e-5": lambda: graphs_close((2, 6)),
         "dense: captured passes as plain ones, 16 bits": captured_close,
         "low rank: captured passes as plain ones, 16 bits": lambda: captured_close((2, 50)),
+        "last layer: captured passes as plain ones, 16 bits": lambda: captured_close(last=True),
+        "last layer, low rank: captured passes as plain ones, 16 bits": lambda: captured_close((2, 50), last=True),
         "copy, GB/s": functools.partial(bandwidth, copied, torch.float32),
     }
     results: dict[str, object] = {}

@@ -161,16 +161,21 @@ def docs_table(chosen: dict[str, auto.Entry]) -> str:
     for kind, of in chosen.items():
         options = ", ".join(f"`{name} {value}`" for name, value in of.options.items())
         measured = "; ".join(
-            f"{row['task']}: {row['accuracy']:.1f} %, {row['behind_the_best']:.1f} behind the best, {_soon(row)}"
+            f"{row['task']}{_at(row, of)}: {row['accuracy']:.1f} %, {row['behind_the_best']:.1f} behind the best, "
+            f"{_soon(row, KINDS[kind])}"
             for row in of.rows
         )
         lines.append(f"| {kind} | {of.method} | {options} | {of.learning_rate:g} | {measured or 'not yet'} |")
     return "\n".join(lines)
 
 
-def _soon(row: dict[str, Any]) -> str:
+def _at(row: dict[str, Any], of: auto.Entry) -> str:
+    return "" if row["learning_rate"] == of.learning_rate else f" at {row['learning_rate']:g}"
+
+
+def _soon(row: dict[str, Any], plain: str) -> str:
     share = row["seconds_over_plain"]
-    return "plain MeZO's accuracy " + ("not reached" if math.isinf(share) else f"in {share:.2f} of its time")
+    return f"accuracy of `{plain}` " + ("not reached" if math.isinf(share) else f"in {share:.2f} of its time")
 
 
 def main() -> None:

@@ -367,12 +367,14 @@ def test_max_length_above_the_context(fails, jsonl):
     ("text", "said"),
     [
         ('{"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}', "'t5' is neither"),
+        ('{"model_type": "llama", "is_causal": false}', "this llama attends to what follows a token"),
+        ('{"model_type": "gemma3_text", "use_bidirectional_attention": true}', "this gemma3_text attends to"),
         ('{"model_type": "vit"}', "'vit' is neither"),
         ('{"model_type": "nonsense"}', "nonsense"),
         ('{"colour": "blue"}', "model_type"),
         ("{ this is no JSON", "config.json"),
     ],
-    ids=["t5", "vit", "unknown", "no type", "no JSON"],
+    ids=["t5", "both sides", "both sides, gemma", "vit", "unknown", "no type", "no JSON"],
 )
 def test_unknown_architecture(fails, jsonl, tmp_path, text, said):
     folder = tmp_path / "model"

@@ -5,19 +5,23 @@ import json
 import logging
 import multiprocessing
 import os
+import statistics
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import datasets
 import pytest
+import torch
 from transformers.utils.logging import enable_progress_bar
 
 from mezo import MeZOConfig
+from mezo.api import build_trainer
 from mezo.trainer import make_estimator
 from tests.conftest import SENTIMENT_ROWS
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import gradient_signal
 import methods
 import methods_report
 import methods_schedule
@@ -263,3 +267,31 @@ def test_published_figures_by_hand():
     shown = []
     methods_report.published([{name: str(value) for name, value in row.items()} for row in rows], shown.append)
     assert shown == ["minilm-mlm/sst2     1.0e-05 step  2000: 82.0 (80.0-83.0, 3 seeds)  independent 81.5, ours +0.5"]
+
+
+def test_signal_and_scatter(model_folder):
+    """The signal is the squared gradient of the mean loss; a batch of two rows scatters half as far as a row."""
+    folder = model_folder("bert")
+    config = MeZOConfig(
+        model_name_or_path=folder, template="{text} it was [MASK] .", label_words={"0": "bad", "1": "good"},
+        dtype="float32", use_cpu=True,
+    )  # fmt: skip
+    trainer = build_trainer(config, SENTIMENT_ROWS[:4])
+    engine, examples = trainer.engine, trainer.train_examples
+    found = gradient_signal.signal_and_scatter(engine, examples)
+
+    def gradient(batch):
+        engine.model.zero_grad()
+        methods.differentiable_loss(engine, batch).backward()
+        return torch.cat([p.grad.flatten() for p in engine.model.parameters() if p.grad is not None])
+
+    mean = gradient(examples)
+    assert found["all"][0] == pytest.approx(mean.square().sum().item(), rel=1e-4)
+    pairs = [gradient([a, b]) for a in examples for b in examples]  # drawn with replacement
+    scatter = statistics.mean((pair - mean).square().sum().item() for pair in pairs)
+    assert found["all"][1] / 2 == pytest.approx(scatter, rel=1e-4)
+    for part in (0, 1):
+        assert sum(of[part] for kind, of in found.items() if kind != "all") == pytest.approx(found["all"][part])
+    before = statistics.mean(methods.differentiable_loss(engine, [e]).item() for e in examples)
+    gradient_signal.train(engine, examples * 200)
+    assert statistics.mean(methods.differentiable_loss(engine, [e]).item() for e in examples) < before

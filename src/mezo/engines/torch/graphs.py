@@ -281,7 +281,7 @@ class Graphs:
         return kept.output
 
     def _reserve(self, needed: int, dtype: torch.dtype) -> None:
-        if self._memory.numel() < needed:
+        if self._memory.numel() < needed or self._memory.dtype != dtype:
             self.clear()
             self._memory = torch.empty(needed, dtype=dtype, device=self._device)
 

@@ -60,6 +60,9 @@ def is_encoder(model_config: PretrainedConfig) -> bool:
         if model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(model_config, "is_decoder", False):
             return True
         if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+            text = model_config.get_text_config()
+            if getattr(text, "is_causal", True) is False or getattr(text, "use_bidirectional_attention", None):
+                raise UserError(f"this {model_type} attends to what follows a token; decoders must be causal")
             return False
     raise UserError(
         f"model architecture {model_type!r} is neither a decoder language model nor a masked-language-model encoder"
