@@ -175,7 +175,7 @@ def _at(row: dict[str, Any], of: auto.Entry) -> str:
 
 def _soon(row: dict[str, Any], plain: str) -> str:
     share = row["seconds_over_plain"]
-    return f"accuracy of `{plain}` " + ("not reached" if math.isinf(share) else f"in {share:.2f} of its time")
+    return f"accuracy of *{plain}* " + ("not reached" if math.isinf(share) else f"in {share:.2f} of its time")
 
 
 def main() -> None:

@@ -462,7 +462,7 @@ def test_the_command_writes_table_and_page(monkeypatch, tmp_path, capsys):
     text = page.read_text()
     assert text.startswith("Before\n<!-- auto.yaml -->\n\n| trained |")
     assert text.endswith("|\n\n<!-- end of auto.yaml -->\nafter\n")
-    assert "reviews-llama/sst2: 81.0 %, 0.0 behind the best, accuracy of `mezo` in 0.20 of its time" in text
+    assert "reviews-llama/sst2: 81.0 %, 0.0 behind the best, accuracy of *mezo* in 0.20 of its time" in text
     assert "| lora | adam |" in text and "old" not in text
     assert "lozo" in capsys.readouterr().out
     first = auto.TABLE.read_text()
