@@ -12,7 +12,6 @@ before. loss_difference is the largest difference of a row's loss with reuse and
 """
 
 import argparse
-import csv
 import itertools
 import random
 import statistics
@@ -23,7 +22,7 @@ from typing import Any
 
 import torch
 from gpu_sglang import SHAPES, make_folder
-from provenance import provenance
+from provenance import provenance, write
 
 from mezo.activation import activate
 from mezo.config import MeZOConfig
@@ -222,10 +221,7 @@ def main() -> None:
         figures = f"{row['median']:>8} ms {row['faster']:>6} x {row['reused_percent']:>6} % {row['loss_difference']:>8}"
         print(f"{row['setting']:<46}{row['reuse']:>4}{figures}")
     if options.output:
-        with options.output.open("w", newline="") as file:
-            writer = csv.DictWriter(file, [*rows[0], *facts])
-            writer.writeheader()
-            writer.writerows({**row, **facts} for row in rows)
+        write(options.output, [{**row, **facts} for row in rows])
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ a CPU they are PyTorch's functions, by their own time.
 """
 
 import argparse
-import csv
 import gc
 import re
 import tempfile
@@ -17,7 +16,7 @@ from pathlib import Path
 
 import torch
 from gpu_step import METHODS, SHAPES, make_folder
-from provenance import provenance
+from provenance import provenance, write
 from torch.profiler import ProfilerActivity, profile
 
 from mezo.bench import BenchOptions, make_bench_engine, make_examples, mezo_step, two_forwards
@@ -99,10 +98,7 @@ def main() -> None:
             for name, (milliseconds, launches) in sorted(kernels.items(), key=lambda k: -k[1][0])[: arguments.kernels]:
                 print(f"    {milliseconds:9.2f} {launches:6} {name[:90]}")
             if arguments.output is not None:
-                with arguments.output.open("w", newline="") as file:
-                    writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-                    writer.writeheader()
-                    writer.writerows(rows)
+                write(arguments.output, rows)
             del engine, bare
             gc.collect()
             torch.cuda.empty_cache()

@@ -8,24 +8,22 @@ has 1/B of that scatter, which a forward pass along any direction sees as well, 
 """
 
 import argparse
-import csv
-import tempfile
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import plain_rows  # noqa: F401  before mezo: stands in for a package that may be missing
 import torch
-from methods import differentiable_loss, parser, split
+from methods import differentiable_loss, split
 from methods_settings import TASKS, Job
-from provenance import provenance
+from provenance import provenance, write
 
 from mezo.api import build_trainer
 from mezo.config import MeZOConfig
 from mezo.data import permutation
 from mezo.objective import Example
 
-TRAINED = {"steps": 50, "batch": 16, "rate": 5e-6}
+STEPS, BATCH, RATE = 50, 16, 5e-6
 
 
 def kind_of(name: str) -> str:
@@ -36,14 +34,14 @@ def kind_of(name: str) -> str:
         return "norms"
     if name.endswith("bias"):
         return "biases"
-    return (
-        "queries and keys" if any(part in name for part in ("query", "key", "q_proj", "k_proj")) else "other matrices"
-    )
+    if any(part in name for part in ("query", "key", "q_proj", "k_proj")):
+        return "queries and keys"
+    return "other matrices"
 
 
 def signal_and_scatter(engine: Any, examples: list[Example]) -> dict[str, tuple[float, float]]:
     """Squared norm of the mean gradient, and mean squared distance from it, by kind and of all."""
-    parameters = {name: p.requires_grad_() for name, p in engine.model.named_parameters() if p.requires_grad}
+    parameters = {name: p for name, p in engine.model.named_parameters() if p.requires_grad}
     mean = {name: torch.zeros_like(p) for name, p in parameters.items()}
     squares: dict[str, float] = defaultdict(float)
     for example in examples:
@@ -64,10 +62,10 @@ def signal_and_scatter(engine: Any, examples: list[Example]) -> dict[str, tuple[
 
 def train(engine: Any, examples: list[Example]) -> None:
     """A few steps of AdamW, from which on most rows are right."""
-    order = permutation(len(examples), 0) * 2
-    optimizer = torch.optim.AdamW(engine.model.parameters(), lr=TRAINED["rate"], weight_decay=0.0)
-    for step in range(int(TRAINED["steps"])):
-        batch = [examples[n] for n in order[step * 16 : step * 16 + int(TRAINED["batch"])]]
+    order = permutation(len(examples), 0)
+    optimizer = torch.optim.AdamW(engine.model.parameters(), lr=RATE, weight_decay=0.0)
+    for first in range(0, STEPS * BATCH, BATCH):
+        batch = [examples[order[n % len(order)]] for n in range(first, first + BATCH)]
         optimizer.zero_grad()
         differentiable_loss(engine, batch).backward()
         optimizer.step()
@@ -81,17 +79,15 @@ def main() -> None:
     arguments.add_argument("--rows", type=int, default=1000)
     arguments.add_argument("--output", type=Path)
     chosen = arguments.parse_args()
-    where = ["--models", str(chosen.models), "--data", str(chosen.data), "--output", "", "--rows", str(chosen.rows)]
     rows: list[dict[str, Any]] = []
     for name in chosen.tasks:
         task = TASKS[name]
-        training, _, _ = split(Job(name, "mezo", 0.0, 0, "train"), parser().parse_args(where))
-        with tempfile.TemporaryDirectory() as folder:
-            config = MeZOConfig(
-                model_name_or_path=str(chosen.models / task["model"]), dtype="float32", output_dir=folder,
-                **{key: task[key] for key in ("template", "label_words", "max_length")},
-            )  # fmt: skip
-            trainer = build_trainer(config, training)
+        training, _, _ = split(Job(name, "mezo", 0.0, 0, "train"), chosen)
+        config = MeZOConfig(
+            model_name_or_path=str(chosen.models / task["model"]), dtype="float32", output_dir="unused",
+            **{key: task[key] for key in ("template", "label_words", "max_length")},
+        )  # fmt: skip
+        trainer = build_trainer(config, training)
         for state in ("as it is", "trained"):
             if state == "trained":
                 train(trainer.engine, trainer.train_examples)
@@ -105,10 +101,7 @@ def main() -> None:
                 print(f"{name:18} {state:9} {kind:17} signal {signal:9.3g}, scatter of a row {scatter:9.3g}, of a "
                       f"batch of {task['batch']} over the signal {in_batch:7.2f}", flush=True)  # fmt: skip
     if chosen.output:
-        with chosen.output.open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        write(chosen.output, rows)
 
 
 if __name__ == "__main__":

@@ -79,10 +79,15 @@ def finals(found: list[Row]) -> dict[str, dict[str, Finals]]:
     return result
 
 
+def goal_of(methods: dict[str, Finals]) -> float:
+    """The last accuracy of plain MeZO, in the median of its seeds; inf where it was not measured."""
+    return statistics.median(methods["mezo"].ends()) / 100 if "mezo" in methods else math.inf
+
+
 def table(found: list[Row], show: Callable[[str], None] = print) -> None:
     """The last accuracy of every method, and what it takes to plain MeZO's, in the median of the seeds."""
     for task, methods in finals(found).items():
-        goal = statistics.median(methods["mezo"].ends()) / 100 if "mezo" in methods else math.inf
+        goal = goal_of(methods)
         show(f"\n{task}: plain MeZO ends at {100 * goal:.1f}; forward passes and seconds until there")
         names = f"{'seeds':>5} {'rate':>8} {'accuracy':>8} {'spread':>13} {'forwards':>9} {'seconds':>8}  edge"
         show(f"{'method':26} {names}")
@@ -97,24 +102,21 @@ def table(found: list[Row], show: Callable[[str], None] = print) -> None:
 
 def page_table(found: list[Row]) -> str:
     """The same of the tasks that plain MeZO was measured on, side by side, for a page."""
-    tasks = {task: methods for task, methods in finals(found).items() if len(methods.get("mezo", _NONE).curves) > 1}
-    goals = {task: statistics.median(methods["mezo"].ends()) / 100 for task, methods in tasks.items()}
+    tasks = {task: methods for task, methods in finals(found).items() if "mezo" in methods}
     names = [f"{task}, % | passes | s" for task in tasks]
     lines = [f"| method | {' | '.join(names)} |", "|---|" + "---|" * 3 * len(tasks)]
     for method in (*METHODS, *TWINS):
-        cells = [
-            _cells(methods[method], goals[task]) if method in methods else "| | " for task, methods in tasks.items()
-        ]
-        if any(cell != "| | " for cell in cells):
+        if any(method in methods for methods in tasks.values()):
+            cells = [_cells(methods, method) for methods in tasks.values()]
             lines.append(f"| {method} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-_NONE = Finals([], math.nan)
-
-
-def _cells(of: Finals, goal: float) -> str:
-    ends, (forwards, seconds) = of.ends(), of.until(goal)
+def _cells(methods: dict[str, Finals], method: str) -> str:
+    if method not in methods:
+        return "| | "
+    of = methods[method]
+    ends, (forwards, seconds) = of.ends(), of.until(goal_of(methods))
     spread = f" ({ends[0]:.1f}–{ends[-1]:.1f})" if len(ends) > 1 else " (one seed)"
     reach = "–" if math.isinf(forwards) else f"{forwards:,.0f}"
     time = "" if math.isnan(seconds) else "–" if math.isinf(seconds) else f"{seconds:.1f}"
@@ -173,7 +175,7 @@ def shown_methods(methods: dict[str, Finals], wanted: Sequence[str]) -> list[str
     if wanted:
         return [name for name in wanted if name in methods]
     plain = [name for name in ("mezo", "mezo lora", "mezo prefix") if name in methods]
-    goal = statistics.median(methods["mezo"].ends()) / 100 if "mezo" in methods else math.inf
+    goal = goal_of(methods)
 
     def order(name: str) -> tuple[float, float]:
         return methods[name].until(goal)[0], -statistics.median(methods[name].ends())
@@ -201,7 +203,7 @@ def plot_task(task: str, methods: dict[str, Finals], wanted: Sequence[str], path
                 axis.axhline(statistics.median(methods[name].ends()), color="gray", linestyle=style, label=name)
     plain, best = methods["mezo"], max(max(of.ends()) for of in methods.values())
     figure.suptitle(task)
-    axes[0].set(xlabel="forward passes", ylabel="accuracy, %", ylim=(statistics.median(plain.ends()) - 14, best + 1))
+    axes[0].set(xlabel="forward passes", ylabel="accuracy, %", ylim=(100 * goal_of(methods) - 14, best + 1))
     axes[1].set(xlabel="seconds, nothing beside it")
     if not math.isnan(plain.step_seconds):  # what takes longer than plain MeZO is cut off
         axes[1].set(xlim=(0, 1.1 * plain.bands()[-1][1]))

@@ -29,10 +29,8 @@ def steps_of(job: Job, options: argparse.Namespace) -> int:
     if job.phase.startswith("long"):
         return options.segment_steps
     if job.phase == "time":  # fewer of the longest ones; all of them past the capture of graphs
-        return max(
-            min(10, options.time_steps),
-            min(options.time_steps, 10 * options.time_steps // forwards_per_step(job.method)),
-        )
+        wanted = 10 * options.time_steps // forwards_per_step(job.method)
+        return min(options.time_steps, max(10, wanted))
     if job.phase == "published":
         return options.published_steps
     if job.method.startswith(FIRST_ORDER):
@@ -144,13 +142,8 @@ class Schedule:
         return [] if busy else [job for job in map(self._segment, ends) if job not in self.have][:1]
 
     def _segment(self, end: int) -> Job:
-        return Job(
-            self.options.tasks[0],
-            self.options.long_method,
-            self.options.long_rate,
-            self.options.seeds[0],
-            f"long {end}",
-        )
+        o = self.options
+        return Job(o.tasks[0], o.long_method, o.long_rate, o.seeds[0], f"long {end}")
 
 
 def estimate(schedule: Schedule) -> Estimate:

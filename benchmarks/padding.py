@@ -8,7 +8,6 @@ one pass that is padded to its longest row.
 """
 
 import argparse
-import csv
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import plain_rows  # noqa: F401  before mezo: stands in for a package that may b
 import torch
 from methods import drawn, rows_of
 from methods_settings import LORA, TASKS
-from provenance import provenance
+from provenance import provenance, write
 
 from mezo.api import build_trainer
 from mezo.config import MeZOConfig
@@ -80,10 +79,7 @@ def main() -> None:
                 )  # fmt: skip
             trainer.engine.close()
     if arguments.output is not None:
-        with arguments.output.open("w", newline="") as file:
-            writer = csv.DictWriter(file, found[0], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(found)
+        write(arguments.output, found)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
 """Where a row of benchmark results comes from."""
 
+import csv
 import datetime
 import functools
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -29,6 +32,14 @@ def provenance() -> dict[str, str]:
         "commit": os.environ.get("COMMIT") or commit.stdout.strip(),
         "date": datetime.date.today().isoformat(),
     }
+
+
+def write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Writes a CSV file of rows that bear where they come from."""
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def _cpu() -> str:

@@ -454,8 +454,7 @@ class TorchEngine:
         known, padding = self._num_known, self.work.padding
         past: Past | None = None
         perturbed = self._perturbed(probes)
-        repeated_RSD = None if hidden_RSD is None else hidden_RSD.repeat(len(probes), 1, 1)
-        with perturbed as inside, self._above(repeated_RSD):
+        with perturbed as inside, self._above(hidden_RSD, len(probes)):
             for stage in stages[:-1]:
                 past = self._extend(past, stage, len(probes))
             scores = self._read(past, stages[-1], sequences, len(probes), greedy)
@@ -535,7 +534,7 @@ class TorchEngine:
             row_Q, position_Q = static.reads.places(len(probes), shape.rows)
             attention = unmasked_attention(self._transformer) if is_causal else nullcontext()
             last = _LastHidden(self._transformer, row_Q, position_Q)
-            with self._perturbed(probes) as inside, self._above(static.hidden_RSD), last, attention:
+            with self._perturbed(probes) as inside, self._above(static.hidden_RSD, len(probes)), last, attention:
                 logits = self._transformer(**arguments).logits
             if deferred is not None:
                 weights = inside.weights if isinstance(inside, PerturbedForward) else None
@@ -584,9 +583,11 @@ class TorchEngine:
         found[()] = some[:, :, :, :0]
         return [found[key] for key in wanted]
 
-    def _above(self, hidden_RSD: Tensor | None) -> AbstractContextManager[object]:
-        """A context in which a pass takes these hidden states for the frozen layers' output, if there are any."""
-        return nullcontext() if self._frozen is None or hidden_RSD is None else self._frozen.skipped(hidden_RSD)
+    def _above(self, hidden_RSD: Tensor | None, num_probes: int) -> AbstractContextManager[object]:
+        """A context in which a pass takes a probe's hidden states for the frozen layers' output, if there are any."""
+        if self._frozen is None or hidden_RSD is None:
+            return nullcontext()
+        return self._frozen.skipped(hidden_RSD.repeat(num_probes, 1, 1))
 
     def _hidden_states(self, frozen: FrozenLayers, sequences: Sequence[TokenSequence]) -> Tensor:
         """What frozen layers hand on, [R, S, D], from the store or computed once."""

@@ -56,12 +56,10 @@ class Shape(NamedTuple):
         tokens, positions = _up(tokens, _TOKENS), _up(positions, _POSITIONS)
         return cls(probes, paired, moved, rows, tokens, positions, _up(reads, _READS), _up(targets, _READS), greedy)
 
-    def size_of_kept(self, prefix: Tensor | None, hidden: Tensor | None) -> tuple[int, ...]:
-        """What `StaticInputs` keep of a store: prompts of all probes, hidden states of one, nothing."""
-        if prefix is not None:
-            layers, _, heads, _, width = prefix.shape
-            return (layers, 2, self.probes * self.rows, heads, self.positions + self.tokens, width)
-        return (0,) if hidden is None else (self.rows, self.tokens, hidden.shape[2])
+    def size_of_prompts(self, prefix: Tensor) -> tuple[int, ...]:
+        """Of keys and values of all probes' rows, with room for the tokens left; of one prompt [L, 2, H, P, D]."""
+        layers, _, heads, _, width = prefix.shape
+        return (layers, 2, self.probes * self.rows, heads, self.positions + self.tokens, width)
 
 
 def _up(value: int, step: int) -> int:
@@ -71,23 +69,19 @@ def _up(value: int, step: int) -> int:
 class StaticInputs:
     """Tensors of one probe that a graph reads, at the size of its bucket: one memory, filled with one transfer.
 
-    Keys and values of prompts, of all probes, lie in `memory`, or what frozen layers hand on.
-
     Args:
         shape: the bucket.
         device: where the model is.
-        memory: as large as `size_of_kept`.
-        prefix: keys and values [L, 2, H, P, D] of some prompt, if rows go on from prompts.
-        hidden: hidden states [R, S, D] of some rows, if they stand for frozen layers.
+        kv_L2RHKD: memory for keys and values of prompts, of all probes, if rows go on from prompts.
+        hidden_RSD: memory for what frozen layers hand on to the rows, if there are any.
     """
 
     def __init__(
         self,
         shape: Shape,
         device: torch.device,
-        memory: Tensor,
-        prefix: Tensor | None = None,
-        hidden: Tensor | None = None,
+        kv_L2RHKD: Tensor | None = None,
+        hidden_RSD: Tensor | None = None,
     ):
         rows, queries, targets = (shape.rows,), (shape.reads,), (shape.targets,)
         table = (shape.rows, shape.tokens)
@@ -104,13 +98,7 @@ class StaticInputs:
         self._host_ids_RS, self._host_position_ids_RS, self._host_length_R, self._host_prompt_R = on_host[:4]
         self._ids_RS, self._position_ids_RS, self._length_R, self._prompt_R = static[:4]
         self._host_reads, self.reads = Reads(*on_host[4:]), Reads(*static[4:])
-        self._kv_L2RHKD: Tensor | None = None
-        self._hidden_RSD: Tensor | None = None
-        size = shape.size_of_kept(prefix, hidden)
-        if prefix is not None:
-            self._kv_L2RHKD = memory[: math.prod(size)].view(size)
-        elif hidden is not None:
-            self._hidden_RSD = memory[: math.prod(size)].view(size)
+        self._kv_L2RHKD, self.hidden_RSD = kv_L2RHKD, hidden_RSD
 
     def fill(
         self,
@@ -135,9 +123,9 @@ class StaticInputs:
             self._host_prompt_R[:num_rows] = torch.tensor([p.shape[3] for p in prefixes])
             self._fill_prompts(prefixes)
         if hidden_RSD is not None:
-            assert self._hidden_RSD is not None
-            self._hidden_RSD.zero_()
-            self._hidden_RSD[:num_rows, :width] = hidden_RSD
+            assert self.hidden_RSD is not None
+            self.hidden_RSD.zero_()
+            self.hidden_RSD[:num_rows, :width] = hidden_RSD
         self._flat.copy_(self._host, non_blocking=True)
 
     def _fill_prompts(self, prefixes: Sequence[Tensor]) -> None:
@@ -148,11 +136,6 @@ class StaticInputs:
             kv_L2PHKD[:, :, :, :, prefix.shape[3] :] = 0.0  # never read, but 0 · NaN is NaN
         for row in range(len(prefixes), self.shape.rows):
             self._kv_L2RHKD[:, :, row :: self.shape.rows] = 0.0
-
-    @property
-    def hidden_RSD(self) -> Tensor | None:
-        """What frozen layers hand on to the rows of all probes."""
-        return None if self._hidden_RSD is None else self._hidden_RSD.repeat(self.shape.probes, 1, 1)
 
     def arguments(self, dtype: torch.dtype, *, encoder: bool) -> dict[str, Any]:
         """What the model takes. A decoder's rows need no mask without a prompt: padding stands behind what is read."""
@@ -245,14 +228,16 @@ class Graphs:
         self._kept: OrderedDict[Shape, _Pass] = OrderedDict()
 
     def inputs(self, shape: Shape, prefix: Tensor | None = None, hidden: Tensor | None = None) -> StaticInputs:
-        """The static inputs of a bucket; `prefix` and `hidden` show sizes and dtype, see `StaticInputs`."""
+        """The static inputs of a bucket. `prefix`, some prompt's keys and values, or `hidden`, some rows' hidden
+        states, show sizes and dtype of what they hold of a store."""
         if shape not in self._kept:
-            some = prefix if prefix is not None else hidden
-            if some is not None:
-                self._reserve(math.prod(shape.size_of_kept(prefix, hidden)), some.dtype)
+            kv_L2RHKD = None if prefix is None else self._reserved(shape.size_of_prompts(prefix), prefix.dtype)
+            hidden_RSD = None
+            if hidden is not None:
+                hidden_RSD = self._reserved((shape.rows, shape.tokens, hidden.shape[2]), hidden.dtype)
             while len(self._kept) >= _KEPT:
                 self._kept.popitem(last=False)
-            self._kept[shape] = _Pass(StaticInputs(shape, self._device, self._memory, prefix, hidden))
+            self._kept[shape] = _Pass(StaticInputs(shape, self._device, kv_L2RHKD, hidden_RSD))
         self._kept.move_to_end(shape)
         return self._kept[shape].static
 
@@ -280,10 +265,13 @@ class Graphs:
         kept.graph.replay()
         return kept.output
 
-    def _reserve(self, needed: int, dtype: torch.dtype) -> None:
+    def _reserved(self, size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """That much of the memory that all buckets fill in turns; where it must grow, what was captured is lost."""
+        needed = math.prod(size)
         if self._memory.numel() < needed or self._memory.dtype != dtype:
             self.clear()
             self._memory = torch.empty(needed, dtype=dtype, device=self._device)
+        return self._memory[:needed].view(size)
 
     def _capture(self, kept: _Pass, forward: Callable[[StaticInputs], Tensor]) -> None:
         side = torch.cuda.Stream()
