@@ -143,7 +143,7 @@ def start_sglang(config: MeZOConfig, *, dummy: bool) -> Any:
     if dummy:
         more["load_format"] = "dummy"
     if torch.cuda.is_available():
-        more |= {"attention_backend": "triton", "sampling_backend": "pytorch", "grammar_backend": "none"}
+        more |= {"sampling_backend": "pytorch", "grammar_backend": "none"}
     else:
         more |= {"max_total_tokens": 262144, "mem_fraction_static": 0.1}
     return Colocated({**engine_arguments(config, adapter_on_meta(config), 2), **more})

@@ -131,7 +131,7 @@ def main() -> None:
     adapter = adapter_on_meta(config)
     more: dict[str, object] = {"load_format": "dummy", "skip_tokenizer_init": True}
     if torch.cuda.is_available():
-        more |= {"attention_backend": "triton", "sampling_backend": "pytorch", "grammar_backend": "none"}
+        more |= {"sampling_backend": "pytorch", "grammar_backend": "none"}
     else:
         more |= {"max_total_tokens": 65536, "mem_fraction_static": 0.1}
     started = time.perf_counter()

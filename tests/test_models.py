@@ -532,13 +532,20 @@ def test_a_prefix_of_an_encoder_starts_as_keys_and_values_of_real_tokens(folder,
     st.lists(st.tuples(st.integers(1, 4), st.integers(1, 60)), min_size=1, max_size=9),
     st.integers(0, 300),
     st.integers(1, 4),
+    st.integers(0, 60),
 )
-def test_length_groups_are_the_cheapest_split_of_the_sorted_rows(shapes, pass_cost, step):
-    def cost(groups):
-        padded = [sum(shapes[n][0] for n in g) * max(shapes[n][1] for n in g) for g in groups]
-        return sum(padded) + pass_cost * len(groups)
+def test_length_groups_are_the_cheapest_split_of_the_sorted_rows(shapes, pass_cost, step, common):
+    common = min(common, *(length for _, length in shapes))
 
-    groups = length_groups(shapes, pass_cost, step=step)
+    def cost_of(group):
+        rows, longest = sum(shapes[n][0] for n in group), max(shapes[n][1] for n in group)
+        in_two = common + pass_cost + rows * (longest - common)
+        return pass_cost + min(rows * longest, in_two)
+
+    def cost(groups):
+        return sum(map(cost_of, groups))
+
+    groups = length_groups(shapes, pass_cost, step=step, common=common)
     order = [n for group in groups for n in group]
     assert sorted(order) == list(range(len(shapes)))
     assert [shapes[n][1] for n in order] == sorted(length for _, length in shapes)

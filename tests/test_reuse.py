@@ -1,6 +1,7 @@
 """What is computed once gives the losses of computing everything, for one pass and along whole trajectories."""
 
 import json
+import random
 
 import pytest
 import torch
@@ -30,6 +31,7 @@ from tests.speed_table import TABLE, examples_of
 TOLERANCE = 1e-5
 DECODERS = ["llama", "opt", "gpt2", "qwen2"]
 INVOCATION = (7, 8)
+COMMON = 500  # tokens
 
 
 def engine_for(folder, *, share, peft=True, alora=False, layers=None, store_bytes=1_000_000_000, dense_cost=0):
@@ -337,6 +339,22 @@ def test_the_tables_rows_reuse_what_can_be(row):
     second = engine.work.computed - first
     assert 100 * (1 - second / (engine.work.asked / 2)) == pytest.approx(percent, abs=1e-9)
     assert first == (second + count * (own - 1) if activated else second)
+
+
+def test_a_common_beginning_is_computed_once_under_rows_of_any_length(model_folder):
+    """16 rows of 500 common tokens and 12 to 102 of their own: one pass after the beginning's, not one a length."""
+    engine = engine_for(model_folder("llama"), share=True, dense_cost=100)
+    whole = engine_for(model_folder("llama"), share=False, dense_cost=100)
+    generator = random.Random(0)
+    beginning, examples = generator.choices(range(10, 30), k=COMMON), []
+    for n in range(16):
+        ids = (*beginning, 10 + n, *generator.choices(range(10, 30), k=10 + 6 * n), 20)
+        examples.append(Example((TokenSequence(ids, (Target(len(ids) - 2, 20, 0),)),), None))
+    probes = TwoPoint(0, 1e-2).probes(0)
+    found, expected = engine.losses(examples, probes), whole.losses(examples, probes)
+    assert (found - expected).abs().max() < TOLERANCE
+    assert engine.work.computed == 2 * (COMMON + sum(e.num_tokens - COMMON for e in examples))
+    assert whole.work.computed == whole.work.asked == engine.work.asked
 
 
 RUN = {

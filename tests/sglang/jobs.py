@@ -58,7 +58,7 @@ def model_runner(model: str, targets: list[str], **more: Any) -> Any:
         model_path=model, device="cpu", dtype="float32", attention_backend="torch_native", sampling_backend="pytorch",
         grammar_backend="none", lora_backend="torch_native", disable_cuda_graph=True, log_level="error", page_size=1,
         max_running_requests=64, enable_lora=True, max_lora_rank=RANK, lora_target_modules=targets,
-        max_loras_per_batch=5, **{**ENGINE_ARGS, **more},
+        max_loras_per_batch=7, **{**ENGINE_ARGS, **more},
     )  # fmt: skip
     arguments.resolve_once()
     _set_envs_and_config(arguments)

@@ -1,7 +1,8 @@
-"""A job: random batches on one ModelRunner, with sharing and without."""
+"""A job: random batches on one ModelRunner, with sharing, without, and with what other attention backends can share."""
 
 import itertools
 import json
+import logging
 import random
 from pathlib import Path
 from typing import Any
@@ -45,13 +46,28 @@ def expected_tokens(examples: list[Example]) -> int:
 
 
 def run(model: str, out: str, start: str) -> None:
-    """Writes the largest difference of losses, and how many tokens each step computed."""
+    """Writes the largest differences of losses, and how many tokens each step computed."""
     targets = json.loads((Path(start) / "adapter_config.json").read_text())["target_modules"]
     runner = model_runner(model, targets)
     generator, estimator = random.Random(0), TwoPoint(3, 0.05)
+    warnings: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("mezo").addHandler(handler)
     engines = [engine_on(runner, model, start, share=share) for share in (True, False)]
-    engines[0].wave_cost = 0
-    found: dict[str, Any] = {"difference": 0.0, "computed": [], "expected": [], "prompts": [], "turns": []}
+    usual, versions._WRITE_BEFORE_READING = versions._WRITE_BEFORE_READING, frozenset()
+    in_waves = engine_on(runner, model, start, share=True)
+    versions._WRITE_BEFORE_READING = usual
+    engines.append(in_waves)
+    engines[0].wave_cost = in_waves.wave_cost = 0
+    found: dict[str, Any] = {
+        "difference": 0.0,
+        "difference_in_waves": 0.0,
+        "computed": [],
+        "expected": [],
+        "prompts": [],
+        "turns": [],
+    }
     forward, adapters = versions.Prefill._forward, []
 
     def observed(prefill: versions.Prefill, requests: list[Any], body: Any) -> Any:
@@ -64,9 +80,11 @@ def run(model: str, out: str, start: str) -> None:
         probes = estimator.probes(number)
         before = engines[0].work.computed
         adapters.clear()
-        losses = [engine.losses(examples, probes) for engine in engines]
+        losses = [engine.losses(examples, probes) for engine in engines[:2]]
         found["turns"].append(len([*itertools.groupby(adapters)]))
-        found["difference"] = max(found["difference"], float((losses[0] - losses[1]).abs().max()))
+        losses.append(in_waves.losses(examples, probes))
+        for name, ours in (("difference", losses[0]), ("difference_in_waves", losses[2])):
+            found[name] = max(found[name], float((ours - losses[1]).abs().max()))
         (outcome,) = estimator.outcomes(probes, [float(v) for v in losses[1].mean(dim=1)])
         for engine in engines:
             engine.update([Record(number, *outcome, 1e-3, 0, len(examples))])
@@ -80,10 +98,12 @@ def run(model: str, out: str, start: str) -> None:
     batches = [batch(generator, activated=True) for _ in range(4)]
     for number in range(12, 28):
         if number in (20, 21, 25):
-            engines[0]._clients[0]._prefill.close()  # everything is evicted
+            for engine in (engines[0], in_waves):
+                engine._clients[0]._prefill.close()  # everything is evicted
         examples = batches[number % 4]
         suffix = 2 * sum(len(s.input_ids) - s.adapter_start for e in examples for s in e.sequences)
         found["prompts"].append([number, step(number, examples) - suffix])
+    found["warned"] = warnings
     found["asked"] = [engine.work.asked for engine in engines]
     found["all_computed"] = [engine.work.computed for engine in engines]
     for engine in engines:

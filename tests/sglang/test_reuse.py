@@ -1,9 +1,11 @@
 """Keys and values that are reused give the losses of computing everything, also after evictions."""
 
+import dataclasses
 import json
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from mezo import MeZOConfig, journal
 from mezo.engines.sglang import build
@@ -37,6 +39,11 @@ def test_activated_lora_takes_the_torch_engines_trajectory(how, reference, model
     expected = reference("llama", **ALORA)
     assert_same_run(run, expected, STEPS)
     assert_same_adapter(run, expected)
+    ours, theirs = (
+        json.loads((folder / "adapter_config.json").read_text())["alora_invocation_tokens"]
+        for folder in (run, expected)
+    )
+    assert ours and ours == theirs  # for PEFT
     steps = [records[0] for records in journal.read(run / "journal").steps]
     computed, asked = sum(r.computed_tokens for r in steps), sum(2 * r.num_tokens for r in steps)
     assert computed < asked if reuse else computed == asked
@@ -49,16 +56,19 @@ def test_random_batches(reference, model_folder, tmp_path):
     out = tmp_path / "found.json"
     finish(start_job("reuse", model=model_folder("llama"), out=str(out), start=str(reference("llama"))))
     found = json.loads(out.read_text())
-    assert found["difference"] < 1e-5
+    assert found["difference"] < 1e-5 and found["difference_in_waves"] < 1e-5
     assert found["computed"] == found["expected"]  # no token more than necessary
     assert set(found["turns"][:12]) == {4}  # with sharing and without: all rows of one probe, then all of the other
     assert sum(found["computed"]) < 0.8 * found["asked"][0]
     assert found["all_computed"][1] == found["asked"][1] == found["asked"][0]
+    assert found["all_computed"][0] <= found["all_computed"][2] < 0.9 * found["asked"][0]
     prompts = dict(found["prompts"])  # tokens of prompts that were computed in a step
     assert all(prompts[step] > 0 for step in range(12, 16))
     assert all(prompts[step] == 0 for step in range(16, 20))
     # After an eviction the answers with the adapter on the prompt were thrown away and the prompts computed again.
     assert prompts[20] > 0 and prompts[21] > 0 and prompts[25] > 0
+    (warning,) = found["warned"]  # of the engine that shares what is cached only
+    assert "--attention-backend triton" in warning
     assert found["left"] == 0  # the memory pools are as they were
 
 
@@ -69,6 +79,16 @@ def test_the_tables_rows_reuse_what_can_be(model_folder, tmp_path):
     }  # random weights: positions beyond the model's will do
     finish(start_job("table", settings, model=model_folder("llama"), out=str(out)))
     assert json.loads(out.read_text()) == pytest.approx({row: percent for row, (_, percent) in TABLE.items()}, abs=1e-9)
+
+
+def test_attention_that_shares_within_a_batch_is_the_default_on_a_gpu(model_folder, monkeypatch):
+    config = MeZOConfig(model_name_or_path=model_folder("llama"), use_peft=True)
+    adapter = build.adapter_on_meta(config)
+    assert build.engine_arguments(config, adapter, 2)["attention_backend"] == "torch_native"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert build.engine_arguments(config, adapter, 2)["attention_backend"] == "triton"
+    config = dataclasses.replace(config, sglang_engine_args={"attention_backend": "fa3"})
+    assert build.engine_arguments(config, adapter, 2)["attention_backend"] == "fa3"
 
 
 def test_chunks_of_activated_rows_are_refused():

@@ -141,6 +141,8 @@ def engine_arguments(config: MeZOConfig, adapter: PeftModel, num_probes: int) ->
             "disable_overlap_schedule": True,
             "skip_server_warmup": True,
         }
+    else:
+        arguments["attention_backend"] = "triton"  # rows of a batch share what is not cached yet
     if config.lora_variant == "alora":
         arguments |= {
             "radix_cache_backend": RADIX_BACKEND,

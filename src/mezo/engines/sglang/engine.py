@@ -285,7 +285,14 @@ class SGLangEngine:
 
         self._attached = True  # from here on there may be something to take away
         self._everywhere(attach)
-        self._scores_in_workers = all(worker_state(client)["scores"] for client in self._clients)
+        states = {client.name: worker_state(client) for client in self._clients}
+        self._scores_in_workers = all(state["scores"] for state in states.values())
+        for name, state in states.items():
+            if self._share_prefixes and state["scores"] and not state["shares_within_batch"]:
+                logger.warning(
+                    "%s: what rows of a batch have in common and is not cached goes ahead in a batch of its own; "
+                    "with --attention-backend triton and --page-size 1 it need not", name
+                )  # fmt: skip
         if not self._scores_in_workers:
             self._refuse_chunks()
 

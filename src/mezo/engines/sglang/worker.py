@@ -154,6 +154,7 @@ class Worker:
         return {
             "error": self._error,
             "scores": self._prefill is not None,
+            "shares_within_batch": self._prefill is not None and self._prefill.shares_within_batch,
             "owner": self._owner,
             "names": self._slots.names,
             "idle_seconds": time.monotonic() - self._heard,

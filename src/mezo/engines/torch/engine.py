@@ -366,10 +366,28 @@ class TorchEngine:
             shapes = [(len(e.sequences), max(len(s.input_ids) - s.adapter_start for s in e.sequences)) for e in part]
             most_tokens = min(self._most_tokens, self._most_tokens_of(num_probes, shapes))
             parts = length_groups(
-                shapes, self._cost_of_pass(num_probes), most_tokens, self._group_step(shapes, most_tokens)
+                shapes,
+                self._cost_of_pass(num_probes),
+                most_tokens,
+                self._group_step(shapes, most_tokens),
+                self._common_beginning(part),
             )
             groups += [[first + n for n in group] for group in parts]
         return groups
+
+    @property
+    def _shares_prefixes(self) -> bool:
+        """Whether rows of a pass go on from a prompt that was computed once."""
+        return self._share and self._reach > 0 and not self._has_prefix and self._frozen is None
+
+    def _common_beginning(self, examples: Sequence[Example]) -> int:
+        """Tokens of all rows that each pass over some of them may compute once."""
+        sequences = [s for e in examples for s in e.sequences]
+        if not self._shares_prefixes or any(s.adapter_start for s in sequences):
+            return 0
+        if max(len(s.input_ids) for s in sequences) > self._reach:
+            return 0
+        return common_prefix([s.input_ids[: s.read_start] for s in sequences])
 
     @property
     def _num_known(self) -> int:
@@ -442,7 +460,7 @@ class TorchEngine:
         if any(s.adapter_start for s in sequences):
             return self._scores_activated(sequences, probes, greedy)
         stages = [Stage([s.input_ids for s in sequences], list(range(len(sequences))), [0] * len(sequences))]
-        if self._share and self._reach and not self._has_prefix and self._frozen is None:
+        if self._shares_prefixes:
             cut = shared_prefixes(examples, self._cost_of_pass(len(probes)))
             if sum(max(map(len, stage.chunks)) for stage in cut) <= self._reach:
                 stages = cut
@@ -666,7 +684,7 @@ class TorchEngine:
 
 
 def length_groups(
-    shapes: Sequence[tuple[int, int]], pass_cost: int, most_tokens: float = math.inf, step: int = 1
+    shapes: Sequence[tuple[int, int]], pass_cost: int, most_tokens: float = math.inf, step: int = 1, common: int = 0
 ) -> list[list[int]]:
     """Splits examples into forward passes so that padding and number of passes together cost least.
 
@@ -676,6 +694,7 @@ def length_groups(
             takes as long as some 75 tokens and on a GPU as long as some 700; an adapter's costs little.
         most_tokens: rows × longest row of a pass, unless it has one example only.
         step: the number of examples of a pass is a multiple of it, but for the one with the longest rows.
+        common: tokens that all rows begin with; a pass computes them once, in one more pass, where that costs less.
 
     Returns:
         Indices of the examples of each pass, shortest rows first; the order of equal lengths is kept.
@@ -691,7 +710,8 @@ def length_groups(
                 continue
             if choices and rows * longest > most_tokens:
                 break
-            choices.append((best[start][0] + rows * longest + pass_cost, start))
+            saved = max(0, common * (rows - 1) - pass_cost)
+            choices.append((best[start][0] + rows * longest - saved + pass_cost, start))
         best.append(min(choices))
     groups: list[list[int]] = []
     stop = len(order)
