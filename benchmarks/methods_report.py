@@ -6,7 +6,8 @@
 Curves are those of each method at the learning rate that its held-out rows chose, median of the seeds, with the
 smallest and the largest as a band. A curve reaches an accuracy where two evaluations in a row have it, since the best
 of twenty noisy ones has it too early. Seconds are steps times what a step takes with nothing beside it, evaluations not
-counted.
+counted, on the device where plain MeZO was timed last; those of a method that was timed beside plain MeZO on another
+device are scaled by plain MeZO's.
 """
 
 import argparse
@@ -40,7 +41,7 @@ class Finals(NamedTuple):
     """The runs of a method on a task at its best rate."""
 
     curves: list[list[Row]]  # one a seed
-    step_seconds: float  # with nothing beside it; nan where this was not measured
+    step_seconds: float  # with nothing beside it; nan where this was not measured on a device with plain MeZO
 
     def ends(self) -> list[float]:
         """Last accuracies in percent, ascending."""
@@ -69,14 +70,28 @@ def finals(found: list[Row]) -> dict[str, dict[str, Finals]]:
         curves[key(row)].append(row)
     result: dict[str, dict[str, Finals]] = defaultdict(dict)
     for task, method in dict.fromkeys((job.task, job.method) for job in curves):
-        same = {job: c for job, c in curves.items() if (job.task, job.method) == (task, method)}
         rate = best_rate(found, task, method)
-        best = [c for job, c in same.items() if job.phase == "train" and job.learning_rate == rate]
-        timed = [c for job, c in same.items() if job.phase == "time"]
+        same = [(job, c) for job, c in curves.items() if (job.task, job.method) == (task, method)]
+        best = [c for job, c in same if job.phase == "train" and job.learning_rate == rate]
         if best:
-            seconds = float(timed[0][-1]["milliseconds_per_step"]) / 1e3 if timed else math.nan
-            result[task][method] = Finals(best, seconds)
+            result[task][method] = Finals(best, _step_seconds(found, task, method))
     return result
+
+
+def _step_seconds(found: list[Row], task: str, method: str) -> float:
+    ours, plain = (
+        {
+            row["device"]: float(row["milliseconds_per_step"]) / 1e3
+            for row in found
+            if (row["phase"], row["task"], row["method"]) == ("time", task, name) and row["step"] != "0"
+        }
+        for name in (method, "mezo")
+    )
+    beside = [device for device in plain or ours if device in ours]
+    if not beside:
+        return math.nan
+    scale = [*plain.values()][-1] / plain[beside[-1]] if plain else 1.0
+    return scale * ours[beside[-1]]
 
 
 def goal_of(methods: dict[str, Finals]) -> float:

@@ -51,7 +51,7 @@ def rows_for(job, points, end=""):
     return [
         {**job._asdict(), "budget": 4000, "step": forwards // 2, "forwards": forwards, "seconds": 1.0,
          "milliseconds_per_step": 10.0, "held_out_accuracy": 0.5, "held_out_loss": loss, "accuracy": accuracy,
-         "loss": loss, "end": end, "wall_seconds": 5.0}
+         "loss": loss, "end": end, "wall_seconds": 5.0, "device": "a GPU"}
         for forwards, accuracy, loss in points
     ]  # fmt: skip
 
@@ -229,18 +229,22 @@ def test_report_by_hand(tmp_path):
     found += [row for seed, values in enumerate(quick) for row in curve("lozo, adam", seed, values)]
     time_job = Job("minilm-mlm/sst2", "lozo, adam", 1e-5, 0, "time")
     found += [{name: str(value) for name, value in row.items()} for row in rows_for(time_job, [(80, 0.5, 0.7)])]
+    assert methods_report.finals(found)["minilm-mlm/sst2"]["lozo, adam"].step_seconds == 0.01
+    # Plain MeZO was timed beside it, 20 ms a step, and later on a device that is twice as fast.
+    for device, milliseconds in (("a GPU", "20.0"), ("another", "10.0")):
+        found.append({**found[-1], "method": "mezo", "device": device, "milliseconds_per_step": milliseconds})
     methods_of_task = methods_report.finals(found)["minilm-mlm/sst2"]
     assert methods_of_task["mezo"].ends() == pytest.approx([80, 81, 82])
-    # The three seeds get there at 1,000, 3,000 and 2,000 passes, which are half as many steps of 10 ms.
-    assert methods_of_task["lozo, adam"].until(0.81) == (2000.0, 10.0)
-    assert methods_of_task["lozo, adam"].bands()[2] == pytest.approx((2000.0, 10.0, 60.0, 81.0, 81.0))
+    # The three seeds get there at 1,000, 3,000 and 2,000 passes, which are half as many steps of 5 ms.
+    assert methods_of_task["lozo, adam"].until(0.81) == (2000.0, 5.0)
+    assert methods_of_task["lozo, adam"].bands()[2] == pytest.approx((2000.0, 5.0, 60.0, 81.0, 81.0))
     shown = []
     methods_report.table(found, shown.append)
     (line,) = [text for text in shown if text.startswith("lozo, adam")]
-    assert line.split()[2:] == ["3", "3.2e-04", "83.0", "82.0-84.0", "2000", "10.0"]
+    assert line.split()[2:] == ["3", "3.2e-04", "83.0", "82.0-84.0", "2000", "5.0"]
     assert methods_report.page_table(found).splitlines()[2:] == [
-        "| mezo | 81.0 (80.0–82.0) | 4,000 |  |",
-        "| lozo, adam | 83.0 (82.0–84.0) | 2,000 | 10.0 |",
+        "| mezo | 81.0 (80.0–82.0) | 4,000 | 20.0 |",
+        "| lozo, adam | 83.0 (82.0–84.0) | 2,000 | 5.0 |",
     ]
     pytest.importorskip("matplotlib")
     path = tmp_path / "plot.png"
