@@ -116,26 +116,30 @@ def table(found: list[Row], show: Callable[[str], None] = print) -> None:
 
 
 def page_table(found: list[Row]) -> str:
-    """The same of the tasks that plain MeZO was measured on, side by side, for a page."""
-    tasks = {task: methods for task, methods in finals(found).items() if "mezo" in methods}
-    names = [f"{task}, % | passes | s" for task in tasks]
-    lines = [f"| method | {' | '.join(names)} |", "|---|" + "---|" * 3 * len(tasks)]
-    for method in (*METHODS, *TWINS):
-        if any(method in methods for methods in tasks.values()):
-            cells = [_cells(methods, method) for methods in tasks.values()]
-            lines.append(f"| {method} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    """The same of the tasks that plain MeZO was measured on, for a page; those without seconds in a second table."""
+    measured = {task: methods for task, methods in finals(found).items() if "mezo" in methods}
+    tables = []
+    for timed in (True, False):
+        tasks = {t: of for t, of in measured.items() if math.isnan(of["mezo"].step_seconds) != timed}
+        names = [f"{task}, % | passes" + " | s" * timed for task in tasks]
+        lines = [f"| method | {' | '.join(names)} |", "|---|" + "---|" * (2 + timed) * len(tasks)]
+        for method in (*METHODS, *TWINS):
+            if any(method in methods for methods in tasks.values()):
+                cells = [cell for methods in tasks.values() for cell in _cells(methods, method)[: 2 + timed]]
+                lines.append(f"| {method} | {' | '.join(cells)} |")
+        tables += ["\n".join(lines)] if tasks else []
+    return "\n\n".join(tables)
 
 
-def _cells(methods: dict[str, Finals], method: str) -> str:
+def _cells(methods: dict[str, Finals], method: str) -> tuple[str, str, str]:
     if method not in methods:
-        return "| | "
+        return "", "", ""
     of = methods[method]
     ends, (forwards, seconds) = of.ends(), of.until(goal_of(methods))
-    spread = f" ({ends[0]:.1f}–{ends[-1]:.1f})" if len(ends) > 1 else " (one seed)"
+    spread = {1: "one seed", 2: "two seeds: "}.get(len(ends), "") + f"{ends[0]:.1f}–{ends[-1]:.1f}" * (len(ends) > 1)
     reach = "–" if math.isinf(forwards) else f"{forwards:,.0f}"
     time = "" if math.isnan(seconds) else "–" if math.isinf(seconds) else f"{seconds:.1f}"
-    return f"{statistics.median(ends):.1f}{spread} | {reach} | {time}"
+    return f"{statistics.median(ends):.1f} ({spread})", reach, time
 
 
 def with_table(page: str, name: str, table: str) -> str:
@@ -178,11 +182,13 @@ def _distance(pairs: Sequence[tuple[list[Row], list[Row]]]) -> float:
     return 100 * statistics.mean(apart) if apart else math.nan
 
 
-def long_run(found: list[Row]) -> list[Row]:
-    """The points of the long run, as far as it came; of several methods' the one that came farthest."""
-    points = [row for row in found if row["phase"].startswith("long")]
-    farthest = max(points, key=lambda row: int(row["step"]), default={"method": ""})["method"]
-    return sorted((row for row in points if row["method"] == farthest), key=lambda row: int(row["step"]))
+def long_runs(found: list[Row]) -> dict[str, list[Row]]:
+    """The points of the long runs by method, as far as they came."""
+    points: dict[str, dict[int, Row]] = defaultdict(dict)
+    for row in found:
+        if row["phase"].startswith("long"):
+            points[row["method"]][int(row["step"])] = row
+    return {method: [of[step] for step in sorted(of)] for method, of in points.items()}
 
 
 def shown_methods(methods: dict[str, Finals], wanted: Sequence[str]) -> list[str]:
@@ -200,15 +206,17 @@ def shown_methods(methods: dict[str, Finals], wanted: Sequence[str]) -> list[str
 
 
 def plot_task(task: str, methods: dict[str, Finals], wanted: Sequence[str], path: Path) -> None:
-    """Accuracy against forward passes and against seconds, first-order fine-tuning as a line."""
+    """Accuracy against forward passes and, where they were measured, seconds; first-order fine-tuning as a line."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    axes = figure.subplots(1, 2, sharey=True)
+    plain, best = methods["mezo"], max(max(of.ends()) for of in methods.values())
+    panels = 1 if math.isnan(plain.step_seconds) else 2
+    figure = Figure(figsize=(5.5 * panels, 4.5), layout="constrained")
+    axes = figure.subplots(1, panels, sharey=True, squeeze=False)[0]
     for number, name in enumerate(shown_methods(methods, wanted)):
         color = "black" if name == "mezo" else f"C{number}"
         forwards, seconds, low, middle, high = zip(*methods[name].bands(), strict=True)
-        for axis, values in zip(axes, (forwards, seconds), strict=True):
+        for axis, values in zip(axes, (forwards, seconds), strict=False):
             if not any(map(math.isnan, values)):
                 axis.plot(values, middle, color=color, label=name)
                 axis.fill_between(values, low, high, color=color, alpha=0.12, linewidth=0)
@@ -216,31 +224,32 @@ def plot_task(task: str, methods: dict[str, Finals], wanted: Sequence[str], path
         if name in methods:
             for axis in axes:
                 axis.axhline(statistics.median(methods[name].ends()), color="gray", linestyle=style, label=name)
-    plain, best = methods["mezo"], max(max(of.ends()) for of in methods.values())
     figure.suptitle(task)
     axes[0].set(xlabel="forward passes", ylabel="accuracy, %", ylim=(100 * goal_of(methods) - 14, best + 1))
-    axes[1].set(xlabel="seconds, nothing beside it")
-    if not math.isnan(plain.step_seconds):  # what takes longer than plain MeZO is cut off
-        axes[1].set(xlim=(0, 1.1 * plain.bands()[-1][1]))
+    if panels == 2:  # what takes longer than plain MeZO is cut off
+        axes[1].set(xlabel="seconds, nothing beside it", xlim=(0, 1.1 * plain.bands()[-1][1]))
     axes[0].legend(fontsize=8)
     for axis in axes:
         axis.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
 
 
-def plot_long(points: list[Row], path: Path) -> None:
+def plot_long(runs: dict[str, list[Row]], path: Path) -> None:
+    """Accuracy and held-out loss against steps."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axis = figure.subplots()
-    steps = [int(p["step"]) for p in points]
-    axis.plot(steps, [100 * float(p["accuracy"]) for p in points], color="C0", label="accuracy, %")
-    axis.set(xlabel="step", ylabel="accuracy, %", title=f"{points[0]['method']}, {points[0]['task']}")
-    right = axis.twinx()
-    right.plot(steps, [float(p["held_out_loss"]) for p in points], color="C1", label="held-out loss")
-    right.set_ylabel("held-out loss")
-    axis.grid(alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=2, fontsize=8)
+    figure = Figure(figsize=(11, 3.8), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for method, points in runs.items():
+        steps = [int(p["step"]) for p in points]
+        left.plot(steps, [100 * float(p["accuracy"]) for p in points], label=f"{method}, {points[0]['learning_rate']}")
+        right.plot(steps, [float(p["held_out_loss"]) for p in points])
+    later = [point for points in runs.values() for point in points[1:]]
+    left.set(xlabel="step", ylabel="accuracy, %", ylim=(100 * min(float(p["accuracy"]) for p in later) - 1, None))
+    right.set(xlabel="step", ylabel="held-out loss", ylim=(None, max(float(p["held_out_loss"]) for p in later)))
+    left.legend(title=next(iter(runs.values()))[0]["task"], fontsize=8)
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
 
 
@@ -257,11 +266,11 @@ def main() -> None:
         options.page.write_text(with_table(options.page.read_text(), "methods.csv", page_table(found)))
     published(found)
     twins(found)
-    points = long_run(found)
-    for row in points:
-        print(
-            f"step {row['step']:>6}: accuracy {100 * float(row['accuracy']):.1f}, held-out loss {row['held_out_loss']}"
-        )
+    runs = long_runs(found)
+    for method, points in runs.items():
+        for row in points:
+            accuracy = f"accuracy {100 * float(row['accuracy']):.1f}, held-out loss {row['held_out_loss']}"
+            print(f"{method:18} step {row['step']:>6}: {accuracy}")
     if options.output is None:
         return
     options.output.mkdir(parents=True, exist_ok=True)
@@ -269,8 +278,8 @@ def main() -> None:
         if "mezo" not in methods:
             continue
         plot_task(task, methods, options.methods, options.output / f"methods-{task.replace('/', '-')}.png")
-    if points:
-        plot_long(points, options.output / "methods-long.png")
+    if runs:
+        plot_long(runs, options.output / "methods-long.png")
 
 
 if __name__ == "__main__":
