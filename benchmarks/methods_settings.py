@@ -30,8 +30,11 @@ TASKS: dict[str, dict[str, Any]] = {
         "label_words": {"entailment": "yes", "not_entailment": "no"},
     },
 }  # fmt: skip
-# Scalars that a model trains: all of them, and LoRA of rank 8 on queries and values.
-TRAINED = {"minilm-mlm": (22_744_506, 73_728), "reviews-llama": (29_893_120, 131_072)}
+# Scalars that a model trains: all of them, LoRA of rank 8 on queries and values, and what `trainable_layers` leaves.
+TRAINED = {
+    "minilm-mlm": {"all": 22_744_506, "lora": 73_728, "last:2": 3_697_536, "last:3": 5_472_000},
+    "reviews-llama": {"all": 29_893_120, "lora": 131_072, "last:2": 6_425_088, "last:3": 9_637_376},
+}
 LORA = {"use_peft": True, "lora_r": 8, "lora_alpha": 16.0}
 LOW_RANK = {"direction": "low_rank", "direction_rank": 2, "direction_refresh_steps": 50}
 FIRST_ORDER = "first order"

@@ -34,6 +34,7 @@ ROWS = Path(__file__).parents[1] / "benchmarks" / "results" / "methods.csv"
 USUAL = {"estimator": "spsa", "optim": "sgd", "direction": "dense", "epsilon": 1e-3}
 SIZES = {"trained_parameters": {"small": 1_000, "large": 20_000}, "rows": []}
 FULL = {"method": "fzoo", "options": {**USUAL, "estimator": "fzoo", "num_queries": 4}, "learning_rate": 2e-3, **SIZES}
+UPPER = {**FULL, "learning_rate": 3e-3}
 LORA = {
     "method": "adam",
     "options": {**USUAL, "epsilon": 1e-2, "optim": "adam", "num_queries": 2},
@@ -43,6 +44,7 @@ LORA = {
 SGLANG = {"method": "spsa", "options": {**USUAL, "epsilon": 1e-2, "num_queries": 2}, "learning_rate": 1e-4, **SIZES}
 KINDS = {
     "full": {},
+    "upper layers": {"trainable_layers": "last:2"},
     "lora": {"use_peft": True},
     "sglang lora": {"use_peft": True, "engine": "sglang"},
 }
@@ -50,7 +52,8 @@ KINDS = {
 
 def write(monkeypatch, folder, **changed):
     path = folder / "auto.yaml"
-    path.write_text(yaml.safe_dump({"full": FULL, "lora": LORA, "sglang lora": SGLANG} | changed))
+    table = {"full": FULL, "upper layers": UPPER, "lora": LORA, "sglang lora": SGLANG}
+    path.write_text(yaml.safe_dump(table | changed))
     monkeypatch.setattr(auto, "TABLE", path)
 
 
@@ -337,21 +340,28 @@ def test_the_table_and_the_page_belong_together():
         assert entry.method in methods_choice.candidates(kind)
         assert set(USUAL) <= entry.options.keys()
         for model, size in entry.trained_parameters.items():
-            assert size == TRAINED[model][kind != "full"]
+            assert size in TRAINED[model].values()
 
 
 def test_no_method_sets_what_an_entry_cannot():
     for kind in KINDS:
         for method in methods_choice.candidates(kind):
-            assert METHODS[method][0].keys() <= {*auto.OPTIONS, "use_peft", "lora_r", "lora_alpha"}
+            assert METHODS[method][0].keys() <= {*auto.OPTIONS, "use_peft", "lora_r", "lora_alpha", "trainable_layers"}
 
 
 @pytest.mark.skipif(not (SHARED / "models" / "minilm-mlm").exists(), reason="needs the models of shared/")
 @pytest.mark.parametrize("model", TRAINED)
 def test_numbers_of_trained_parameters(model):
     folder, kind = str(SHARED / "models" / model), "masked_lm" if model == "minilm-mlm" else "causal_lm"
-    for use_peft, wanted in zip((False, True), TRAINED[model], strict=True):
-        config = MeZOConfig(model_name_or_path=folder, dtype="float32", use_peft=use_peft, use_cpu=True)
+    for trained, wanted in TRAINED[model].items():
+        layers = trained if trained.startswith("last:") else None
+        config = MeZOConfig(
+            model_name_or_path=folder,
+            dtype="float32",
+            use_peft=trained == "lora",
+            trainable_layers=layers,
+            use_cpu=True,
+        )
         engine = trainable_engine(config, kind, load_model(config, kind, []), load_tokenizer(config))
         assert engine.num_parameters() == wanted
 

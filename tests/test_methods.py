@@ -130,7 +130,7 @@ def test_parts(tmp_path, measured):
     assert [job.phase for job in ran if job.phase.startswith("long")] == ["long 1", "long 2", "long 3"]
     assert sorted({job.learning_rate for job in ran if job.phase == "published"}) == [1e-5, 3e-5]
     assert len([job for job in ran if job.phase == "published"]) == 6
-    twins = [job for job in ran if job.method == "mezo lora, bf16"]
+    twins = [job for job in ran if job.method == "mezo lora, bf16" and job.phase == "train"]
     chosen = {job.learning_rate for job in ran if job.method == "mezo lora" and job.seed == 1}
     assert len(twins) == 3 and {job.learning_rate for job in twins} == chosen
 

@@ -42,7 +42,7 @@ class Entry:
 
 
 def entries() -> dict[str, Entry]:
-    """The table: full (all parameters), lora, and sglang lora, whose engine has no optimizer with a state."""
+    """The table: full (all parameters), upper layers (`trainable_layers`), lora, and sglang lora, where no Adam is."""
     import yaml  # here, so that `mezo --help` answers at once
 
     return {name: Entry(**values) for name, values in yaml.safe_load(TABLE.read_text()).items()}
@@ -62,7 +62,8 @@ def entry_of(values: Mapping[str, object]) -> Entry:
         raise UserError(f"method auto was measured on objective loss; with objective {objective} use method mezo")
     if sglang and not lora:
         raise UserError("engine sglang trains LoRA adapters: set use_peft, or use engine torch")
-    return entries()["sglang lora" if sglang else "lora" if lora else "full"]
+    layers = values.get("trainable_layers") is not None
+    return entries()["sglang lora" if sglang else "lora" if lora else "upper layers" if layers else "full"]
 
 
 def resolved(named: Mapping[str, object]) -> dict[str, object]:
