@@ -136,6 +136,43 @@ for probes in (pair, [Probe(5, 0.05), Probe(6, 0.05)], [*pair, Probe(7, 0.0)]):
 """)
 
 
+@pytest.mark.parametrize("subspace", [False, True])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_fold(dtype, subspace):
+    """A window's end against the reference: several launches, rows of no multiple of 8, vectors, weight decay."""
+    interpreted(
+        f"dtype, subspace = torch.{dtype}, {subspace}"
+        + """
+import copy
+from mezo.engines.torch.low_rank import LowRank
+from mezo.engines.torch.space import ParameterSpace
+from mezo.estimator import Record
+gpu._MOST_FOLDED, gpu._MANY = 40 * 70, 2000
+shapes = {"a": (37, 24), "b": (5, 13), "c": (1, 1), "d": (120, 70), "e": (9,), "f": (), "g": (3, 4, 6)}
+def state():
+    values = {name: base(max(1, torch.Size(shape).numel()), dtype).view(shape) for name, shape in shapes.items()}
+    return LowRank(ParameterSpace(values), 3, 3, subspace=subspace)
+def step(state, number):
+    state.update([Record(number, 11 + number, 0.0, 0.0, 0.5, 1e-1, 0, 1)], 0.1)
+ours, reference = state(), state()
+before = {name: p.clone() for name, p in ours.space.parameters.items()}
+for number in range(2):
+    step(ours, number), step(reference, number)
+expected = {name: reference.folded(name) for name in shapes}
+step(reference, 2)
+torch.Tensor.is_cuda = True
+for name in shapes:
+    assert torch.equal(ours.folded(name), expected[name]), name
+    assert torch.equal(ours.space.parameters[name], before[name])
+step(ours, 2)
+for name in shapes:
+    assert torch.equal(ours.space.parameters[name], reference.space.parameters[name]), name
+    assert not torch.equal(ours.space.parameters[name], before[name]) or name == "c"
+assert ours.is_folded and not ours._collected.parameters["d"].any()
+"""
+    )
+
+
 def test_add_normals_many():
     interpreted("""
 gpu.PIECE, gpu.REPEAT = 8192, 2

@@ -246,6 +246,25 @@ def update_many(
         tl.store(weight_ptr + i, value, mask=i < size)
 
 
+@triton.jit(do_not_specialize=["first_block", "keep", "seed", "rounding"])
+def fold(
+    out_ptr, base_ptr, left_ptr, right_ptr, first_block, size, width, keep, seed, rounding,
+    RANK: tl.constexpr, ROUNDS: tl.constexpr, IS_BFLOAT16: tl.constexpr, BLOCKS: tl.constexpr, REPEAT: tl.constexpr,
+):  # fmt: skip
+    """out[i] = keep · base[i] + Σ left[row, k] · right[column, k] of rows of a matrix, rounded; program (group,)."""
+    keep, seed, rounding = tl.cast(keep, tl.float32), tl.cast(seed, tl.int64), tl.cast(rounding, tl.int64)
+    first = tl.program_id(0) * REPEAT * BLOCKS
+    for block in range(first, min(first + REPEAT * BLOCKS, (size + 7) // 8), BLOCKS):
+        counter, i, inside = _elements(first_block, block, size, BLOCKS)
+        value = tl.load(base_ptr + i, mask=inside).to(tl.float32) * keep
+        left, right = left_ptr + i // width * RANK, right_ptr + i % width * RANK
+        for k in tl.static_range(RANK):
+            value = value + tl.load(left + k, mask=inside) * tl.load(right + k, mask=inside)
+        if ROUNDS:
+            value = _stochastic_round(value, _rounding_bits(counter, seed, rounding), IS_BFLOAT16)
+        tl.store(out_ptr + i, value, mask=inside)
+
+
 @triton.jit(do_not_specialize=["first_block", "stream", "rounding"])
 def update_and_perturb(
     out_ptr, weight_ptr, first_block, width, seeds_ptr, factors_ptr, stream,

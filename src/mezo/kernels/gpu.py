@@ -25,6 +25,7 @@ REPEAT = 8  # times that a program of a large tensor does so, where it updates o
 _REPEAT_FORMING, _REPEAT_BOTH = 2, 4  # where it forms probes, without and with an update
 _MANY = 1 << 21  # elements of a large tensor: enough for all of a GPU's processors
 _MANY_PIECES = 1 << 13  # pieces of tensors of which each is enough for one program
+_MOST_FOLDED = 1 << 30  # elements of a launch that counts them in 32 bits
 _ALIGNED = 64  # elements: tensor cores want addresses that are
 PIECE = 1 << 16  # elements of a tensor that one row of a table covers; a multiple of what a program covers
 
@@ -236,6 +237,35 @@ def update_many(
             IS_BFLOAT16=dtype == torch.bfloat16, PARTS=parts, REPEAT=PIECE // (_NORMALS * _BLOCKS * parts),
             BLOCKS=_BLOCKS, enable_fp_fusion=False,
         )  # fmt: skip
+
+
+def fold(
+    out_N: Tensor, base_N: Tensor, left_Rr: Tensor, right_Ir: Tensor, keep: float, seed: int, rounding: int
+) -> None:
+    """Writes `keep · base + left · rightᵀ` of a matrix [R, I], stochastically rounded if out's type is shorter.
+
+    Products and sums are rounded one after the other, in float32.
+
+    Args:
+        out_N: contiguous float32, bfloat16 or float16; may be the base.
+        base_N: contiguous, of any of these types.
+        left_Rr: contiguous float32; r may be 0.
+        right_Ir: the same.
+        keep: factor of the base.
+        seed: of rounding.
+        rounding: its stream.
+    """
+    (num_rows, rank), width = left_Rr.shape, len(right_Ir)
+    step = max(_NORMALS, _MOST_FOLDED // width // _NORMALS * _NORMALS)  # rows of a launch: whole counter blocks
+    for row in range(0, num_rows, step):
+        start, size = row * width, min(step, num_rows - row) * width
+        repeat = REPEAT if size >= _MANY else 1
+        with torch.cuda.device(out_N.device):
+            _kernels().fold[(-(-size // (_NORMALS * _BLOCKS * repeat)),)](
+                out_N[start:], base_N[start:], left_Rr[row:], right_Ir, start // _NORMALS, size, width, keep,
+                _signed(seed), _signed(rounding), RANK=rank, ROUNDS=out_N.dtype != torch.float32,
+                IS_BFLOAT16=out_N.dtype == torch.bfloat16, BLOCKS=_BLOCKS, REPEAT=repeat, enable_fp_fusion=False,
+            )  # fmt: skip
 
 
 @functools.cache

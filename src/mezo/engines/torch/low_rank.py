@@ -38,6 +38,7 @@ from mezo.engines.torch.optimizer import Optimizer
 from mezo.engines.torch.rounding import stochastic_round
 from mezo.engines.torch.space import CHUNK, ParameterSpace
 from mezo.estimator import Probe, Record
+from mezo.kernels import gpu as gpu_kernels
 from mezo.kernels.layers import LowRankSum, on_gpu
 
 _COLUMNS = 8  # of the product x V: what tensor cores want at least
@@ -125,7 +126,7 @@ class LowRank:
         self.steps += 1
         if self.steps == self.refresh_steps:
             for name, parameter in self.space.parameters.items():
-                parameter.copy_(self.folded(name))
+                self._write_folded(name, parameter.detach().view(-1))
             self.reset()
 
     def reset(self) -> None:
@@ -144,25 +145,37 @@ class LowRank:
     @torch.no_grad()
     def folded(self, name: str) -> Tensor:
         """The parameter's present value in its own type, rounded stochastically if that is shorter than float32."""
-        parameter, collected = self.space.parameters[name], self._collected.parameters[name]
+        parameter = self.space.parameters[name].detach()
         if self.steps == 0:
-            return parameter.detach()
+            return parameter
+        folded = torch.empty_like(parameter)
+        self._write_folded(name, folded.view(-1))
+        return folded
+
+    def _write_folded(self, name: str, out_N: Tensor) -> None:
+        """The same into memory of that type, perhaps the parameter's own."""
+        parameter, collected = self.space.parameters[name], self._collected.parameters[name]
         assert self._window_seed is not None
         stream = philox.stream_id("rounding", name)
-        width = parameter.shape[-1]
-        flat_N = parameter.detach().reshape(-1)
-        out_N = torch.empty_like(flat_N)
+        flat_N, width = parameter.detach().view(-1), parameter.shape[-1] if parameter.ndim else 1
+        if out_N.is_cuda and gpu_kernels.enabled():
+            if parameter.ndim < 2:
+                nothing = collected.new_empty(1, 0), collected.new_empty(collected.numel(), 0)
+                gpu_kernels.fold(out_N, collected.view(-1), *nothing, 1.0, self._window_seed, stream)
+            else:
+                left_Rr = self._left(name, 0, _num_rows(parameter))
+                gpu_kernels.fold(out_N, flat_N, left_Rr, self.right[name], self._keep, self._window_seed, stream)
+            return
         rows = max(1, CHUNK // width)
         for start in range(0, flat_N.numel(), rows * width):
             stop = min(flat_N.numel(), start + rows * width)
-            value_N = collected[start:stop].clone() if parameter.ndim < 2 else self._moved(
+            value_N = collected.view(-1)[start:stop].clone() if parameter.ndim < 2 else self._moved(
                 flat_N[start:stop].float(), self._left(name, start // width, stop // width), self.right[name]
             )  # fmt: skip
             if parameter.dtype != torch.float32:
                 bits_N = philox.rounding_bits(self._window_seed, stream, start, stop, parameter.device)
                 value_N = stochastic_round(value_N, bits_N, parameter.dtype)
             out_N[start:stop] = value_N
-        return out_N.view(parameter.shape)
 
     def _moved(self, weight_N: Tensor, b_Rr: Tensor, v_Ir: Tensor) -> Tensor:
         """keep · W + B Vᵀ / √r of some rows; every product and sum is rounded, so the bits are those of any device."""
