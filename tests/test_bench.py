@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mezo import UserError
+from mezo import UserError, bench
 from mezo.bench import BenchOptions, make_bench_engine, make_examples, mezo_step, original_step, run
 from mezo.cli import main
 
@@ -20,14 +20,37 @@ def options(folder, **more):
 @pytest.mark.parametrize("name", ["llama", "bert"])
 def test_three_rows_with_every_column(model_folder, name, more):
     rows = run(options(model_folder(name), **more))
-    assert [r.what for r in rows] == ["two plain forwards", "a step of mezo", "original algorithm"]
+    window = ["end of a window"] * ("direction" in more)
+    assert [r.what for r in rows] == ["two plain forwards", "a step of mezo", "original algorithm", *window]
     assert rows[0].ratio == 1.0
     for row in rows:
         assert 0 < row.low <= row.milliseconds <= row.high
-        assert row.tokens_per_second == pytest.approx(2 * 3 * 9 / row.milliseconds * 1e3)
+        tokens = 0 if row.what in window else 2 * 3 * 9
+        assert row.tokens_per_second == pytest.approx(tokens / row.milliseconds * 1e3)
         assert row.ratio == pytest.approx(row.milliseconds / rows[0].milliseconds)
         assert row.peak_memory > 10
         assert row.bandwidth > 0
+
+
+def test_a_step_bears_its_share_of_a_windows_end(model_folder, monkeypatch):
+    """Of 50 steps: an end takes a hundred times a step, so a step of mezo three times."""
+    engine = make_bench_engine(options(model_folder("llama"), direction="low_rank"))
+    ends, timed = [], bench.timed
+
+    def counted(function, device):
+        before = engine._low_rank.steps
+        seconds = timed(function, device)
+        ends.append((before, engine._low_rank.steps))
+        return seconds
+
+    monkeypatch.setattr(bench, "timed", counted)
+    assert len(bench.window_ends(engine)) == 3
+    assert ends == [(49, 0)] * 3 and engine._low_rank.is_folded
+    monkeypatch.setattr(bench, "timed", lambda function, device: 1.0 if function() is None else 2.0)
+    monkeypatch.setattr(bench, "window_ends", lambda engine: [200.0, 100.0, 50.0])
+    rows = {row.what: row for row in run(options(model_folder("llama"), direction="low_rank"))}
+    assert rows["a step of mezo"].milliseconds == pytest.approx(1e3 * (1 + 100 / 50))
+    assert rows["end of a window"].milliseconds == pytest.approx(100e3)
 
 
 def test_the_original_algorithm_by_hand(model_folder):

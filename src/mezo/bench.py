@@ -4,10 +4,14 @@ Side by side in one process, on the same random rows: two plain forward passes, 
 original algorithm as the paper writes it (arXiv 2305.17333, algorithm 1: the weights are moved by +ε, −2ε and +ε in
 place and then updated, z drawn again each time from a reseeded generator). All compute logits only where the loss
 reads them. On a GPU also two forward passes as CUDA graphs, as a step of mezo has them on short batches.
+
+With low-rank directions each step bears its share of a window's end, where what was collected goes into the weights and
+new directions are drawn. On a GPU the memory of plain passes is that of a process which holds the weights alone.
 """
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -32,7 +36,7 @@ from mezo.engines.torch.loading import (
     load_tokenizer,
 )
 from mezo.errors import UserError
-from mezo.estimator import UNPERTURBED, Record, TwoPoint
+from mezo.estimator import UNPERTURBED, Probe, Record, TwoPoint
 from mezo.objective import Example, Target, TokenSequence, batch_loss, example_losses
 
 _EPSILON, _LEARNING_RATE = 1e-3, 1e-9
@@ -103,7 +107,8 @@ class Measurement:
         traffic: bytes of weights that the method reads and writes, per second, in GB; of the method's definition, not
             of a counter.
         bandwidth: the same as a share of the machine's copy bandwidth.
-        peak_memory: MiB, at its highest during the repetitions; of the GPU, or of the process on a CPU.
+        peak_memory: MiB, at its highest during the repetitions, all that the engine keeps included (but for the plain
+            passes); of the GPU, or of the process on a CPU.
     """
 
     what: str
@@ -135,6 +140,7 @@ def run(options: BenchOptions) -> list[Measurement]:
     copies = copy_bandwidth(engine.model.device)
     times: dict[str, list[float]] = {name: [] for name in methods}
     peaks = dict.fromkeys(methods, 0.0)
+    peaks["two plain forwards"] = _plain_peak(engine, bare, examples)
     with engine.deferring():
         for repeat in range(options.repeats + _WARM_UP):
             for name, method in methods.items():
@@ -143,16 +149,23 @@ def run(options: BenchOptions) -> list[Measurement]:
                 if repeat >= _WARM_UP:
                     times[name].append(seconds)
                     kept = engine.graph_bytes / 2**20 if name == "a step of mezo" else 0.0  # not counted as allocated
-                    peaks[name] = max(peaks[name], _peak(engine.model.device) + kept)
+                    if name != "two plain forwards":
+                        peaks[name] = max(peaks[name], _peak(engine.model.device) + kept)
+    if engine._low_rank is not None:
+        _reset_peak(engine.model.device)
+        ends, steps = window_ends(engine), engine._low_rank.refresh_steps
+        times["a step of mezo"] = [t + statistics.median(ends) / steps for t in times["a step of mezo"]]
+        times["end of a window"], peaks["end of a window"] = ends, _peak(engine.model.device)
     base = statistics.median(times["two plain forwards"])
     # Over the weights; whether updates went along with passes shows only now.
     passes = {"a step of mezo": _passes(options, engine), "original algorithm": 2.0 + 8.0 * (not options.use_peft)}
     rows = []
-    for name in methods:
-        median = statistics.median(times[name])
-        quantiles = statistics.quantiles(times[name], n=5, method="inclusive")  # two repeats are enough
+    for name, seconds_of in times.items():
+        median = statistics.median(seconds_of)
+        quantiles = statistics.quantiles(seconds_of, n=5, method="inclusive")  # two repeats are enough
         traffic = passes.get(name, 2.0) * weight_bytes / median / 1e9
         tokens = 2 * options.rows * options.tokens * (options.num_queries if name == "a step of mezo" else 1)
+        tokens *= name != "end of a window"
         rows.append(
             Measurement(
                 name, median * 1e3, quantiles[0] * 1e3, quantiles[3] * 1e3, median / base,
@@ -209,6 +222,29 @@ def mezo_step(engine: TorchEngine, examples: Sequence[Example], step: int, num_q
     engine.update([Record(step, *o, _LEARNING_RATE, 0, len(examples), n, num_queries) for n, o in outcomes])
 
 
+def window_ends(engine: TorchEngine, count: int = 3) -> list[float]:
+    """Seconds that the end of a window of low-rank directions takes, the next one's directions included."""
+    state = engine._low_rank
+    assert state is not None
+    seconds: list[float] = []
+
+    def update(step: int) -> None:
+        engine.update([Record(step, step, 0.0, 0.0, 1.0, _LEARNING_RATE, 0, 1)])
+
+    def end(step: int) -> None:
+        update(step)
+        state.probes([Probe(step + 1, 0.0)])
+
+    step = 0
+    while len(seconds) < count:
+        if state.steps < state.refresh_steps - 1:
+            update(step)
+        else:
+            seconds.append(timed(functools.partial(end, step), engine.model.device))
+        step += 1
+    return seconds
+
+
 @torch.no_grad()
 def original_step(engine: TorchEngine, examples: Sequence[Example], step: int) -> None:
     """Algorithm 1 of the paper, in place."""
@@ -257,6 +293,19 @@ def copy_bandwidth(device: torch.device) -> float:
     count = (_COPY_BYTES_GPU if device.type == "cuda" else _COPY_BYTES_CPU) // 4
     source, target = torch.zeros(count, device=device), torch.empty(count, device=device)
     return max(2 * 4 * count / timed(lambda: target.copy_(source), device) for _ in range(5)) / 1e9
+
+
+def _plain_peak(engine: TorchEngine, bare: TorchEngine, examples: Sequence[Example]) -> float:
+    """MiB of two plain passes; on a GPU without what lies beside the model's own weights."""
+    device, has_adapter = engine.model.device, isinstance(engine.model, PeftModel)
+    two_forwards(engine, bare, examples)  # what is made once
+    beside = 0.0
+    if device.type == "cuda":
+        own = sum(p.nbytes for p in bare.model.parameters() if not (has_adapter and p.requires_grad))
+        beside = (torch.cuda.memory_allocated(device) - own) / 2**20
+    _reset_peak(device)
+    two_forwards(engine, bare, examples)
+    return _peak(device) - beside
 
 
 def _reset_peak(device: torch.device) -> None:

@@ -11,6 +11,7 @@ targets of one probe; the pass itself repeats the rows for every probe.
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections import OrderedDict
@@ -274,7 +275,7 @@ class Graphs:
         return self._memory[:needed].view(size)
 
     def _capture(self, kept: _Pass, forward: Callable[[StaticInputs], Tensor]) -> None:
-        side = torch.cuda.Stream()
+        side = _side_stream(self._device)
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):  # lazy initialisation must not be captured
             forward(kept.static)
@@ -286,6 +287,12 @@ class Graphs:
             kept.output = forward(kept.static)
         self._pool, kept.graph = graph.pool(), graph
         self.num_bytes += torch.cuda.memory_reserved() - before
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all captures: each stream that multiplies matrices keeps some 32 MiB for it."""
+    return torch.cuda.Stream(device)
 
 
 class _Pass:
