@@ -74,6 +74,7 @@ def test_config_survives_json_and_is_frozen():
         ({"learning_rate": 1e-6, "normalize_perturbations": True}, True),
         ({"learning_rate": 1e-3, "normalize_perturbations": True}, False),
         ({"learning_rate": 1e-3}, True),
+        ({"learning_rate": 3e-3, "estimator": "fzoo", "num_queries": 8}, False),  # the length of a step
         ({"learning_rate": 1e-2, "use_peft": True}, False),
         ({"learning_rate": 1.0, "use_peft": True}, True),
     ],

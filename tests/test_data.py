@@ -233,9 +233,7 @@ def test_samples_by_seed():
     assert set(evaluation) < set(all_evaluation)
     assert (train, evaluation) == sample(max_train_samples=4, max_eval_samples=3, seed=1)
     assert train != sample(max_train_samples=4, seed=2)[0]
-    assert sorted(sample(max_train_samples=12, seed=1)[0]) == sorted(all_train)
-    with pytest.raises(UserError, match="max_train_samples is 13, but there are 12 rows"):
-        sample(max_train_samples=13)
+    assert sample(max_train_samples=12, max_eval_samples=13, seed=1) == (all_train, all_evaluation)  # at most
 
 
 def test_the_rows_stay_where_they_were(tmp_path):

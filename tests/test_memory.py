@@ -8,6 +8,7 @@ import torch
 from mezo import MeZOConfig, UserError, mezo_finetune
 from mezo.api import build_trainer
 from mezo.cli import main
+from mezo.engines.torch import engine as engine_module
 from mezo.engines.torch.engine import TorchEngine, length_groups
 from mezo.errors import EngineError
 from mezo.estimator import Probe
@@ -79,6 +80,25 @@ def test_length_groups_keep_to_the_limit():
         assert len(group) == 1 or sum(shapes[n][0] for n in group) * max(shapes[n][1] for n in group) <= 100
     assert sorted(n for group in groups for n in group) == [0, 1, 2, 3, 4]
     assert len(groups) == 3
+
+
+def test_losses_of_every_token_go_in_passes_of_so_many_logits(model_folder, monkeypatch):
+    """8 rows of 6 to 13 positions that are read, under both signs; 20 positions of a probe are the most."""
+    rows = [{"text": " ".join(["good"] * n)} for n in range(6, 14)]
+    config = MeZOConfig(model_name_or_path=model_folder("llama"), use_peft=True, dtype="float32", use_cpu=True)
+    trainer = build_trainer(config, rows)
+    expected = trainer.engine.losses(trainer.train_examples, PROBES)
+    head, seen = trainer.engine.model.get_output_embeddings(), []
+    head.register_forward_hook(lambda module, args, output: seen.append(output.shape[1]))
+    assert (trainer.engine.losses(trainer.train_examples, PROBES) - expected).abs().max() == 0
+    whole, most = sum(seen), 20
+    assert (
+        whole == 2 * sum(len(s.targets) for e in trainer.train_examples for s in e.sequences) and max(seen) > 2 * most
+    )
+    monkeypatch.setattr(engine_module, "_MOST_LOGITS", most * 2 * head.out_features)
+    seen.clear()
+    assert (trainer.engine.losses(trainer.train_examples, PROBES) - expected).abs().max() < 1e-5
+    assert sum(seen) == whole and max(seen) <= 2 * most
 
 
 def test_the_limit_is_a_gpus(model_folder):

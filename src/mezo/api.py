@@ -389,6 +389,10 @@ def summary(run: str | Path) -> dict[str, object]:
         "engine": config.engine,
         "trained": config.lora_variant if config.use_peft and config.peft_type == "lora" else
         config.peft_type if config.use_peft else config.trainable_layers or "all parameters",
+        "method": config.method,
+        "estimator": f"{config.estimator}, {config.num_queries} {'query' if config.num_queries == 1 else 'queries'}",
+        "direction": config.direction,
+        "optim": config.optim,
         "learning_rate": config.learning_rate,
         "epsilon": config.epsilon,
         "batch_size": config.batch_size,
@@ -476,6 +480,8 @@ def load_adapter(model: PreTrainedModel, adapter: str | Path) -> PeftModel:
     """A PEFT adapter from a folder on a loaded base model, in eval mode; its parameters are the trained ones."""
     try:
         if hub_file(str(adapter), SAFETENSORS_WEIGHTS_NAME) is None:  # PEFT would look for pickled ones
+            if hub_file(str(adapter), "config.json") is not None:
+                raise UserError(f"adapter_name_or_path {str(adapter)!r} is a whole model: name it model_name_or_path")
             raise UserError(
                 f"adapter_name_or_path {str(adapter)!r}: no {SAFETENSORS_WEIGHTS_NAME}; pickled weights "
                 "(adapter_model.bin) can run code and are not loaded"

@@ -86,6 +86,11 @@ def resolved(named: Mapping[str, object]) -> dict[str, object]:
     return {**entry.options, "learning_rate": entry.learning_rate, **named}
 
 
+def said(values: Mapping[str, object]) -> str:
+    """What a config has of all that an entry may set, in one line."""
+    return ", ".join(f"{name} {values[name]}" for name in ("learning_rate", *entry_of(values).options))
+
+
 def size_warning(values: Mapping[str, object], num_parameters: int) -> str | None:
     """A warning where method auto's learning rate is used far from the sizes it was measured at, else None.
 

@@ -380,8 +380,8 @@ def looks_like_wrong_rate(config: MeZOConfig) -> str | None:
             "shorter by the square root of its size, and rates of about 1e-3 are usual"
         )
     adapter = config.use_peft
-    if config.method == "auto":
-        return None  # its rates belong to other estimators than the paper's
+    if config.method == "auto" or config.estimator in ("fzoo", "es"):
+        return None  # rates that belong to other estimators than the paper's
     if not config.normalize_perturbations and rate >= (1e-1 if adapter else 1e-3):
         return (
             f"learning_rate {rate:g} is far above the paper's for unnormalised directions (1e-6; adapters 1e-4 to 1e-2)"

@@ -53,9 +53,9 @@ def load_splits(
         eval_rows = other_rows if eval_rows is None else eval_rows
     elif config.validation_size and eval_rows is None:
         train_rows, eval_rows = _hold_out(train_rows, config.validation_size, seed)
-    train_rows = _sample(train_rows, config.max_train_samples, seed, "max_train_samples")
+    train_rows = _sample(train_rows, config.max_train_samples, seed)
     if eval_rows is not None:
-        eval_rows = _sample(eval_rows, config.max_eval_samples, seed, "max_eval_samples")
+        eval_rows = _sample(eval_rows, config.max_eval_samples, seed)
     return Splits(train_rows, eval_rows)
 
 
@@ -85,16 +85,13 @@ def load_eval_rows(
 
 
 def load_test_rows(config: MeZOConfig, dataset: TrainData | None, task: Task | None) -> Dataset:
-    """The rows that `mezo eval` evaluates: those that the config names, the first of them with `max_eval_samples`."""
+    """The rows that `mezo eval` evaluates: those that the config names, at most `max_eval_samples` drawn by seed."""
     rows = load_eval_rows(config, dataset)
     if rows is None:
         if config.dataset_name is None:
             raise UserError("dataset_name is missing: a file, a folder or a Hub name; or a task")
         rows = load_rows(config.dataset_name, config.dataset_config, "validation", "test", "train")
-    rows = prepared(rows, config, task)
-    if config.max_eval_samples is not None:
-        rows = rows.select(range(min(len(rows), config.max_eval_samples)))
-    return rows
+    return _sample(prepared(rows, config, task), config.max_eval_samples, data_seed(config))
 
 
 def load_demonstrations(config: MeZOConfig, dataset: TrainData | None, task: Task | None) -> list[Row]:
@@ -232,17 +229,16 @@ def _hold_out(rows: Dataset, size: float, seed: int) -> Splits:
     count = round(size * len(rows)) if size < 1 else int(size)
     if not 0 < count < len(rows):
         raise UserError(
-            f"validation_size {size} of {len(rows)} rows leaves {len(rows) - count} to train on, {count} to hold out"
+            f"validation_size {size:g} of {len(rows)} rows leaves {max(0, len(rows) - count)} to train on and "
+            f"{min(count, len(rows))} to evaluate on"
         )
     order = permutation(len(rows), seed)
     return Splits(rows.select(order[count:]), rows.select(order[:count]))
 
 
-def _sample(rows: Dataset, count: int | None, seed: int, option: str) -> Dataset:
-    if count is None:
+def _sample(rows: Dataset, count: int | None, seed: int) -> Dataset:
+    if count is None or count >= len(rows):
         return rows
-    if count > len(rows):
-        raise UserError(f"{option} is {count}, but there are {len(rows)} rows")
     return rows.select(permutation(len(rows), seed)[:count])
 
 

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Column, Table
 from transformers.utils import logging as transformers_logging
 
-from mezo import api
+from mezo import api, auto
 from mezo import plot as plots
 from mezo.bench import BenchOptions
 from mezo.bench import run as run_bench
@@ -71,6 +71,8 @@ class _StandardError(logging.Handler):
 def train(config: MeZOConfig) -> None:
     """`mezo train`."""
     _quiet()
+    if config.method == "auto":
+        print(f"method auto: {auto.said(config.to_dict())}")
     trainer = api.build_trainer(config)
     try:
         result = trainer.train()

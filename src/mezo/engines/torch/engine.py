@@ -52,6 +52,7 @@ _COPY_BYTES = 5 << 28  # memory of a GPU for whole copies of a small model's par
 _STATIC_FLOPS = 2e14
 # A pass of as many tokens and floating-point operations fills a GPU; more of both at once are no faster.
 _FILLING_TOKENS, _FILLING_FLOPS = 4096, 5e12
+_MOST_LOGITS = 1 << 28  # of a pass, where losses read many positions
 # A pass is not shorter than about a millisecond, in which a GPU does as many floating-point operations.
 _LAUNCH_FLOPS, _LAUNCH_FLOPS_FLOAT32 = 5e11, 5e10
 
@@ -373,7 +374,20 @@ class TorchEngine:
                 self._common_beginning(part),
             )
             groups += [[first + n for n in group] for group in parts]
-        return groups
+        return [part for group in groups for part in self._within_logits(examples, group, num_probes)]
+
+    def _within_logits(self, examples: Sequence[Example], group: list[int], num_probes: int) -> Iterator[list[int]]:
+        """A group in parts whose positions that are read have no more logits than fit beside a pass."""
+        most = _MOST_LOGITS // (num_probes * getattr(self._transformer.config.get_text_config(), "vocab_size", 1))
+        part: list[int] = []
+        reads = 0
+        for n in group:
+            own = sum(len({t.position for t in s.targets}) for s in examples[n].sequences)
+            if part and reads + own > most:
+                yield part
+                part, reads = [], 0
+            part, reads = [*part, n], reads + own
+        yield part
 
     @property
     def _shares_prefixes(self) -> bool:
