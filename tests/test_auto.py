@@ -252,7 +252,11 @@ def test_a_run_from_the_command_line(capsys, table, model_folder, jsonl, tmp_pat
     )  # fmt: skip
     mezo(capsys, *arguments, "--max_steps", 6, "--output_dir", tmp_path / "straight")
     run = tmp_path / "run"
-    mezo(capsys, *arguments, "--max_steps", 3, "--output_dir", run)
+    said = mezo(capsys, *arguments, "--max_steps", 3, "--output_dir", run)
+    assert said.startswith("method auto: learning_rate 0.005, ")
+    assert all(f", {name} {value}" in said for name, value in LORA["options"].items())
+    facts = json.loads(mezo(capsys, "inspect", run, "--json"))
+    assert (facts["method"], facts["estimator"], facts["optim"]) == ("auto", "spsa, 2 queries", "adam")
     mezo(capsys, *arguments, "--max_steps", 6, "--output_dir", run, "--resume_from_checkpoint")
     assert_same_weights(run, tmp_path / "straight")
     recorded = journal.read(run / "journal").header["config"]

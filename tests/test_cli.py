@@ -167,6 +167,12 @@ def test_train_eval_replay(capsys, model_folder, tmp_path, jsonl, model, method)
         assert text in said  # train ends with the same table
     fewer = json.loads(mezo(capsys, "eval", *where, "--dataset_name", test, "--json", "--max_eval_samples", 5))
     assert fewer["num_examples"] == 5
+    command = ("eval", *where, "--dataset_name", test, "--json", "--max_eval_samples", 5)
+    assert json.loads(mezo(capsys, *command, "--seed", 1))["loss"] != fewer["loss"]  # other rows
+    if "--use_peft" not in method:
+        where = ("--model_name_or_path", base, "--adapter_name_or_path", run)
+        finished = run_cli(capsys, "eval", *where, "--dataset_name", test)
+        assert "is a whole model: name it model_name_or_path" in error_line(finished)
 
     assert str(tmp_path / "replayed") in mezo(capsys, "replay", run, "--output_dir", tmp_path / "replayed")
     assert_same_weights(run, tmp_path / "replayed")

@@ -45,6 +45,15 @@ SPACES = {
         "num_queries": 3,
         "learning_rate": 1e-3 - 1e-6,
     },
+    "subspace-1.5-spsa": {
+        "direction": "subspace",
+        "direction_refresh_steps": 5,
+        "optim": "adam",
+        "estimator": "1.5-spsa",
+        "num_queries": 2,
+        "learning_rate": 1e-4,
+    },
+    "lora-es": {"use_peft": True, "estimator": "es", "num_queries": 3, "learning_rate": 1e-2},
     "prefix": {"use_peft": True, "peft_type": "prefix_tuning", "learning_rate": 1e-2, "epsilon": 1e-1},
 }
 

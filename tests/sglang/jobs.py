@@ -24,6 +24,13 @@ def rows() -> list[dict[str, Any]]:
     ]
 
 
+def answered_rows() -> list[dict[str, Any]]:
+    """Prompts with answers of words that a model without sense says now and then."""
+    from tests.conftest import WORDS
+
+    return [{"prompt": row["prompt"], "answers": [" ".join(WORDS[n % 7 :: 7])]} for n, row in enumerate(rows())]
+
+
 SETTING: dict[str, Any] = {
     "learning_rate": 1e-2, "batch_size": 8, "num_steps": 50, "lora_rank": RANK, "seed": 3, "dtype": "float32",
     "use_cpu": True, "logging_steps": 10, "report_to": "none", "disable_tqdm": True,
@@ -36,7 +43,8 @@ def finetune(model: str, out: str, **options: Any) -> None:
 
     if options.get("engine") == "sglang" and options.get("sglang_mode") != "server":
         options["sglang_engine_args"] = {**ENGINE_ARGS, **options.get("sglang_engine_args", {})}
-    mezo_finetune(model, rows(), output_dir=out, eval_dataset=rows()[:16], **{**SETTING, **options})
+    data = answered_rows() if options.get("objective") == "f1" else rows()
+    mezo_finetune(model, data, output_dir=out, eval_dataset=data[:16], **{**SETTING, **options})
 
 
 def says_much(completions: list[str], **columns: Any) -> list[float]:

@@ -72,6 +72,22 @@ def test_a_reward_of_what_both_adapters_say(reference, model_folder, tmp_path):
     assert_same_adapter(run, expected)
 
 
+def test_f1_of_generated_answers(reference, model_folder, tmp_path):
+    """The objective and the evaluation are F1 of what is said up to a stop text; both engines say the same."""
+    options = {
+        "objective": "f1", "num_steps": 6, "epsilon": 0.3, "max_new_tokens": 8, "learning_rate": 9e-2, "eval_steps": 3,
+    }  # fmt: skip
+    run = tmp_path / "run"
+    finish(start_job("finetune", model=model_folder("llama"), out=str(run), engine="sglang", **options))
+    expected = reference("llama", **options)
+    assert_same_run(run, expected, 6)
+    assert_same_adapter(run, expected)
+    assert any(r.loss_plus != r.loss_minus for (r,) in journal.read(run / "journal").steps)
+    states = [json.loads((r / "trainer_state.json").read_text()) for r in (run, expected)]
+    scores = [[e["eval_f1"] for e in state["log_history"] if "eval_f1" in e] for state in states]
+    assert scores[0] == scores[1] and 0 < max(scores[0]) < 1
+
+
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two ranks need two cores")
 def test_tensor_parallel(reference, model_folder, tmp_path):
     """Two ranks, each with its slice of the same z."""
