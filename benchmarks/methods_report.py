@@ -109,7 +109,7 @@ def table(found: list[Row], show: Callable[[str], None] = print) -> None:
         for method, of in methods.items():
             forwards, seconds = of.until(goal)
             rate, ends = float(of.curves[0][0]["learning_rate"]), of.ends()
-            edge = "yes" if method in METHODS and rate in (rates(method)[0], rates(method)[-1]) else ""
+            edge = "yes" if _at_edge(method, of) else ""
             spread = f"{ends[0]:6.1f}-{ends[-1]:<6.1f}"
             show(f"{method:26} {len(ends):5} {rate:8.1e} {statistics.median(ends):8.1f} {spread} "
                  f"{forwards:9.0f} {seconds:8.1f}  {edge}")  # fmt: skip
@@ -131,6 +131,11 @@ def page_table(found: list[Row]) -> str:
     return "\n\n".join(tables)
 
 
+def _at_edge(method: str, of: Finals) -> bool:
+    """Whether the best rate is the smallest or the largest that was tried."""
+    return method in METHODS and float(of.curves[0][0]["learning_rate"]) in (rates(method)[0], rates(method)[-1])
+
+
 def _cells(methods: dict[str, Finals], method: str) -> tuple[str, str, str]:
     if method not in methods:
         return "", "", ""
@@ -139,7 +144,7 @@ def _cells(methods: dict[str, Finals], method: str) -> tuple[str, str, str]:
     spread = {1: "one seed", 2: "two seeds: "}.get(len(ends), "") + f"{ends[0]:.1f}–{ends[-1]:.1f}" * (len(ends) > 1)
     reach = "–" if math.isinf(forwards) else f"{forwards:,.0f}"
     time = "" if math.isnan(seconds) else "–" if math.isinf(seconds) else f"{seconds:.1f}"
-    return f"{statistics.median(ends):.1f} ({spread})", reach, time
+    return f"{statistics.median(ends):.1f} ({spread})" + " †" * _at_edge(method, of), reach, time
 
 
 def with_table(page: str, name: str, table: str) -> str:

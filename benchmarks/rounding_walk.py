@@ -2,7 +2,7 @@
 
     python benchmarks/rounding_walk.py JOURNAL --models FOLDER --data FOLDER [--steps 10000] [--output FILE.csv]
 
-JOURNAL is that of a run of benchmarks/methods.py (`--parts long --long_method "mezo, bf16"`, MiniLM, SST-2). Its updates
+JOURNAL is that of a run of benchmarks/methods.py (`--parts long --long_method "mezo, bf16"`, MiniLM, SST-2). Its steps
 are made on float32 weights and every `--every` steps evaluated on the rows that the run was. Beside that: the mean size
 of a weight's update, the median last place of the model's weights in bfloat16, and how far each weight has walked by
 then, by its updates and by their rounding, as a standard deviation: an update u is rounded to a neighbour at a distance
