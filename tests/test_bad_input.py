@@ -385,8 +385,17 @@ def test_unknown_architecture(fails, jsonl, tmp_path, text, said):
 
 def test_missing_model_folder(fails, jsonl, tmp_path):
     message = fails(jsonl(SENTIMENT_ROWS), model=tmp_path / "none")
-    assert "model_name_or_path" in message
-    assert str(tmp_path / "none") in message
+    assert f"model_name_or_path: there is no folder '{tmp_path / 'none'}'" in message
+
+
+def test_a_data_folder_without_rows_to_train_on(fails, tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for number, row in enumerate(('{"text": "good"}', '{"label": 1}')):
+        (folder / f"part{number}.jsonl").write_text(row)
+    message = fails(folder)
+    assert f"dataset_name '{folder}' has no file train.jsonl or of another type that is known" in message
+    assert message.endswith("it has part0.jsonl, part1.jsonl")
 
 
 @pytest.mark.parametrize("data", [None, b"damaged weights, not safetensors", b""], ids=["missing", "damaged", "empty"])

@@ -1,5 +1,6 @@
 """Successive halving against rounds counted by hand; the paper's configs."""
 
+import dataclasses
 import json
 import math
 import re
@@ -48,6 +49,15 @@ def test_losers_stop_early_and_winners_go_on(config, tmp_path):
     build_trainer(MeZOConfig.from_dict({**config.to_dict(), **straight})).train()
     ours, theirs = (journal.read(Path(f) / "journal").steps for f in (best.output_dir, tmp_path / "straight"))
     assert ours == theirs
+
+
+def test_between_equals_the_loss_decides(config):
+    """Accuracy of few rows takes few values."""
+    config = dataclasses.replace(config, metric_for_best_model="accuracy")
+    trials = [Trial(1e-3, 1e-3, "a", 9, 0.5, 0.7), Trial(1e-2, 1e-3, "b", 9, 0.5, 0.6), Trial(1.0, 1e-3, "c", 9, None)]
+    assert [t.output_dir for t in tune_module._ranked(config, trials)] == ["b", "a", "c"]
+    better = Trial(1e-4, 1e-3, "d", 9, 0.6, 0.9)
+    assert tune_module._ranked(config, [*trials, better])[0] == better
 
 
 @pytest.mark.filterwarnings("ignore:learning_rate")

@@ -306,7 +306,7 @@ class MeZOConfig:
         yield self.optim != "sgd" and self.engine == "sglang", f"optim {self.optim} needs engine torch"
         yield (
             (self.objective == "reward") != bool(self.reward_funcs),
-            "objective reward and reward_funcs go together",
+            "objective reward and reward_funcs go together: name both",
         )
         yield (
             self.objective in GENERATING and self.lora_variant == "alora",

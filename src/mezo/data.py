@@ -173,6 +173,11 @@ def _load_named(name: str, dataset_config: str | None, splits: Sequence[str]) ->
     try:
         found = load_dataset(name, dataset_config)
     except (DatasetsError, OSError, ValueError, KeyError) as error:
+        if path.is_dir() and path_files:
+            raise UserError(
+                f"dataset_name {name!r} has no file {splits[0]}.jsonl or of another type that is known; it has "
+                + ", ".join(p.name for p in path_files.values())
+            ) from None
         raise UserError(f"dataset_name {name!r}: {_first_line(error)}") from None
     return _split(found, splits, repr(name))
 

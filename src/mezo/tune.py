@@ -25,13 +25,17 @@ _RESULTS = "tune.json"
 
 @dataclass(frozen=True)
 class Trial:
-    """A candidate and how many steps it was given; `metric` is None where a loss became NaN or infinite."""
+    """A candidate and how many steps it was given; `metric` is None where a loss became NaN or infinite.
+
+    `loss` is that of the evaluation, which decides between equals: few rows give few accuracies.
+    """
 
     learning_rate: float
     epsilon: float
     output_dir: str
     steps: int
     metric: float | None
+    loss: float | None = None
 
 
 def tune(config: MeZOConfig, options: TuneOptions, report: Callable[[Trial], None] = lambda _: None) -> list[Trial]:
@@ -93,20 +97,20 @@ def _trial(config: MeZOConfig, rate: float, epsilon: float, steps: int) -> Trial
             )
         metrics = trainer.train().metrics
         assert metrics is not None
-        value = metrics.measured.get(config.metric_for_best_model)
+        found = [metrics.measured.get(name) for name in (config.metric_for_best_model, "loss")]
     except NonFiniteLossError:
-        value = None
+        found = [None, None]
     finally:
         trainer.engine.close()
-    return Trial(rate, epsilon, str(folder), steps, value if value is not None and math.isfinite(value) else None)
+    return Trial(rate, epsilon, str(folder), steps, *(v if v is not None and math.isfinite(v) else None for v in found))
 
 
 def _ranked(config: MeZOConfig, trials: Iterable[Trial]) -> list[Trial]:
     """Those that came further first, then the better ones; diverged ones last."""
     sign = 1.0 if config.metric_for_best_model == "loss" else -1.0
 
-    def key(trial: Trial) -> tuple[bool, int, float]:
-        return trial.metric is None, -trial.steps, sign * (trial.metric or 0.0)
+    def key(trial: Trial) -> tuple[bool, int, float, float]:
+        return trial.metric is None, -trial.steps, sign * (trial.metric or 0.0), trial.loss or 0.0
 
     return sorted(trials, key=key)
 

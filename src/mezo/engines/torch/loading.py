@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -43,6 +44,9 @@ def device_for(config: MeZOConfig) -> torch.device:
 
 def load_model_config(config: MeZOConfig) -> PretrainedConfig:
     """The model's configuration, without its weights."""
+    name = config.model_name_or_path
+    if (Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1) and not Path(name).exists():
+        raise UserError(f"model_name_or_path: there is no folder {name!r}")
     try:
         model_config: PretrainedConfig = AutoConfig.from_pretrained(
             config.model_name_or_path, revision=config.model_revision, trust_remote_code=config.trust_remote_code
