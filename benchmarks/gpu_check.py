@@ -31,6 +31,7 @@ from mezo import philox
 from mezo.engines.torch.dense import ProbeKeys
 from mezo.engines.torch.engine import TorchEngine
 from mezo.engines.torch.graphs import Graphs
+from mezo.engines.torch.low_rank import LowRank
 from mezo.engines.torch.space import ParameterSpace
 from mezo.estimator import Probe, Record, TwoPoint
 from mezo.kernels import gpu
@@ -297,6 +298,14 @@ def updated(weights: torch.Tensor) -> tuple[Callable[[int], object], int]:
     return step, 2 * weights.nbytes
 
 
+def folded(weights: torch.Tensor) -> tuple[Callable[[int], object], int]:
+    """Windows of one step of low-rank directions, each folded into the weights, and the bytes that folding moves."""
+    state = LowRank(ParameterSpace({"w": weights}), 2, 1)
+    record = Record(0, 0, 0.0, 0.0, 0.7, 1e-5, 1, 1)
+    step = lambda n: state.update([dataclasses.replace(record, seed=philox.derive_seed(1, n))], 0.0)  # noqa: E731
+    return step, 2 * weights.nbytes
+
+
 def both_signs(weights: torch.Tensor) -> tuple[Callable[[int], object], int]:
     """Both probes of weights formed in scratch, an eighth at a time."""
     seeds, factors = gpu.seeds_on([1, 1], weights.device), torch.tensor([1e-3, -1e-3], device=weights.device)
@@ -366,6 +375,7 @@ def main() -> int:
             checks[f"update and probes from one kernel equal, {dtype}"] = functools.partial(updated_probes_equal, dtype)
         checks[f"low rank: replay equal on GPU and CPU, {dtype}"] = functools.partial(replays, dtype, (2, 6))
         checks[f"update, GB/s, {dtype}"] = functools.partial(bandwidth, updated, dtype)
+        checks[f"low rank: end of a window, GB/s, {dtype}"] = functools.partial(bandwidth, folded, dtype)
         checks[f"both signs, GB/s, {dtype}"] = functools.partial(bandwidth, both_signs, dtype)
         if dtype != torch.float32:
             checks[f"update and both signs, GB/s, {dtype}"] = functools.partial(
