@@ -74,6 +74,24 @@ class Past(NamedTuple):
         return Past(self.cache, self.mask_RS[index])
 
 
+class _Beginning(NamedTuple):
+    """Tokens that all rows of a pass began with, and their keys and values [P, H, S, D] in each layer."""
+
+    tokens: tuple[int, ...]
+    layers: list[tuple[Tensor, Tensor]]
+
+    def of(self, tokens: tuple[int, ...]) -> Past | None:
+        """What stands before a stage that begins with these tokens, as far as they are the same; None if not at all."""
+        same = common_prefix([self.tokens, tokens])
+        if not same:
+            return None
+        cache = DynamicCache()
+        for layer, (keys, values) in enumerate(self.layers):
+            cache.update(keys[:, :, :same], values[:, :, :same], layer)
+        num_probes, device = self.layers[0][0].shape[0], self.layers[0][0].device
+        return Past(cache, torch.ones(num_probes, same, dtype=torch.long, device=device))
+
+
 class TorchEngine:
     """`mezo.engines.base.Engine` on a transformers model.
 
@@ -120,6 +138,7 @@ class TorchEngine:
         self._transformer: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model
         self._checked_reads = False
         self._defers = False  # updates may wait for the next pass
+        self._beginning: _Beginning | None = None  # of the pass before, under the same probes and weights
         self._most_tokens: float = math.inf  # rows × longest row that fit into memory in one pass, as far as known
         self._share = share
         self._store = TensorStore(store_bytes if share else 0, store_device or model.device)
@@ -168,11 +187,13 @@ class TorchEngine:
         self.work.asked += len(probes) * sum(e.num_tokens for e in examples)
         first = 0
         for some in self._together(probes):
+            self._beginning = None
             for group_G in self._groups(examples, self.train_batch_size, len(some)):
                 part = [examples[n] for n in group_G]
                 for p, score in enumerate(self._fitting(part, some, greedy=False), first):
                     losses_PN[p, group_G] = loss(part, score.logprobs_T)
             first += len(some)
+        self._beginning = None
         return losses_PN
 
     @torch.no_grad()
@@ -181,12 +202,14 @@ class TorchEngine:
         self._settle()
         parts: dict[int, TargetScores] = {}
         computed, padding = self.work.computed, self.work.padding
+        self._beginning = None
         for group_G in self._groups(examples, self.eval_batch_size):
             part = [examples[n] for n in group_G]
             (scores,) = self._fitting(part, [UNPERTURBED], greedy=True)
             counts_G = [sum(len(s.targets) for s in e.sequences) for e in part]
             columns = [t.split(counts_G) for t in scores]
             parts |= {n: TargetScores(*column) for n, column in zip(group_G, zip(*columns, strict=True), strict=True)}
+        self._beginning = None
         self.work.computed, self.work.padding = computed, padding  # the work of training is counted
         return TargetScores(*map(torch.cat, zip(*(parts[n] for n in range(len(examples))), strict=True)))
 
@@ -454,6 +477,7 @@ class TorchEngine:
         self.work.computed, self.work.padding = before
         if self._graphs is not None:
             self._graphs.clear()
+        self._beginning = None
         gc.collect()
         torch.cuda.empty_cache()
         half = len(examples) // 2
@@ -485,19 +509,31 @@ class TorchEngine:
             return self._read_static(stages[0], sequences, probes, greedy, hidden_RSD=hidden_RSD)
         known, padding = self._num_known, self.work.padding
         past: Past | None = None
-        perturbed = self._perturbed(probes)
+        perturbed, reused = self._perturbed(probes), 0
         with perturbed as inside, self._above(hidden_RSD, len(probes)):
             for stage in stages[:-1]:
-                past = self._extend(past, stage, len(probes))
+                if past is None and len(stage.chunks) == 1:
+                    past, reused = self._begin(stage.chunks[0], len(probes))
+                else:
+                    past = self._extend(past, stage, len(probes))
             scores = self._read(past, stages[-1], sequences, len(probes), greedy)
         if self._num_known != known:  # the bits of a pass must not depend on those before
-            self.work.padding = padding
+            self.work.padding, self._beginning = padding, None
             return self._scores(examples, probes, greedy=greedy)
         reader = inside.weights if isinstance(inside, PerturbedForward) else self._lora
         if any(p.scale != 0.0 for p in probes) and reader is not None and not self._checked_reads:
             self._report_unread(reader.read_names)
-        self.work.computed += share * len(probes) * sum(stage.num_tokens for stage in stages)
+        self.work.computed += share * len(probes) * (sum(stage.num_tokens for stage in stages) - reused)
         return scores
+
+    def _begin(self, tokens: tuple[int, ...], num_probes: int) -> tuple[Past, int]:
+        """Keys and values of the tokens that all rows of a pass begin with, and how many the pass before computed."""
+        past = None if self._beginning is None else self._beginning.of(tokens)
+        start = 0 if past is None else past.mask_RS.shape[1]
+        if past is None or start < len(tokens):
+            past = self._extend(past, Stage([tokens[start:]], [0], [start]), num_probes)
+        self._beginning = _Beginning(tokens, [(layer.keys, layer.values) for layer in past.cache.layers])
+        return past, start
 
     def _scores_activated(
         self, sequences: Sequence[TokenSequence], probes: Sequence[Probe], greedy: bool
