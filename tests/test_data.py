@@ -221,7 +221,7 @@ def test_a_named_evaluation_split_wins_over_a_held_out_part(tmp_path):
     assert (len(train), evaluation.to_list()) == (20, ROWS[:3])
 
 
-def test_samples_by_seed():
+def test_samples_by_seed(caplog):
     def sample(**options):
         train, evaluation = load_splits(config(validation_size=8, **options), ROWS)
         return texts(train), texts(evaluation)
@@ -233,7 +233,9 @@ def test_samples_by_seed():
     assert set(evaluation) < set(all_evaluation)
     assert (train, evaluation) == sample(max_train_samples=4, max_eval_samples=3, seed=1)
     assert train != sample(max_train_samples=4, seed=2)[0]
-    assert sample(max_train_samples=12, max_eval_samples=13, seed=1) == (all_train, all_evaluation)  # at most
+    more = sample(max_train_samples=13, max_eval_samples=13, seed=1)  # at most
+    assert (sorted(more[0]), sorted(more[1])) == (sorted(all_train), sorted(all_evaluation))
+    assert "max_train_samples is 13; there are 12 rows" in caplog.text
 
 
 def test_the_rows_stay_where_they_were(tmp_path):

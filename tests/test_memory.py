@@ -1,5 +1,6 @@
 """Passes that do not fit into memory are cut, and nothing else changes."""
 
+import dataclasses
 import json
 
 import pytest
@@ -11,7 +12,7 @@ from mezo.cli import main
 from mezo.engines.torch import engine as engine_module
 from mezo.engines.torch.engine import TorchEngine, length_groups
 from mezo.errors import EngineError
-from mezo.estimator import Probe
+from mezo.estimator import Probe, Record
 from tests.conftest import SENTIMENT_ROWS
 
 PROBES = [Probe(7, 0.05), Probe(7, -0.05)]
@@ -70,6 +71,29 @@ def test_probes_one_by_one_and_then_an_error(model_folder):
     small_memory(trainer.engine.model, longest - 1)
     with pytest.raises(EngineError, match="does not fit into memory"):
         trainer.engine.losses([example], PROBES)
+
+
+def test_after_a_pass_that_did_not_fit_no_probe_goes_on_from_anothers(model_folder):
+    """Probes of an example go one by one, those of the next together; both have a beginning to go on from."""
+    rows = [{"prompt": f"good bad good bad {text} it was", "choices": ["bad", "great , good"], "label": 0}
+            for text in ("film " * 9, "book")]  # fmt: skip
+    config = MeZOConfig(model_name_or_path=model_folder("llama"), use_peft=True, dtype="float32", use_cpu=True)
+    shared, whole = (
+        build_trainer(dataclasses.replace(config, enable_kv_cache_optimization=share), rows) for share in (True, False)
+    )
+    for trainer in (shared, whole):
+        trainer.engine.train_batch_size = 1
+        trainer.engine.update([Record(0, 1, 0.0, 0.0, 1.0, 0.3, 0, 2)])
+    type(shared.engine)._cost_of_pass, real = (lambda self, num_probes: 0), TorchEngine._cost_of_pass
+    try:
+        longest = max(s.read_start for s in shared.train_examples[0].sequences)
+        seen = small_memory(shared.engine.model, 2 * longest - 1)
+        found = shared.engine.losses(shared.train_examples, PROBES)
+    finally:
+        TorchEngine._cost_of_pass = real
+    assert max(seen) >= 2 * longest - 1 and shared.engine.work.computed < shared.engine.work.asked
+    expected = whole.engine.losses(whole.train_examples, PROBES)
+    assert (found - expected).abs().max() < 1e-5 < (expected[0] - expected[1]).abs().min()
 
 
 def test_length_groups_keep_to_the_limit():

@@ -100,9 +100,10 @@ def test_shared_prefixes(model_folder, name, peft):
         assert (ours - expected).abs().max() < TOLERANCE
         asked, computed = shared.work.asked - before[0], shared.work.computed - before[1]
         groups = shared._groups(examples, 64)
-        stages = [shared_prefixes([examples[n] for n in group], 0) for group in groups]
-        expected_tokens, beginning = sum(stage.num_tokens for group in stages for stage in group), ()
-        for first, *others in stages:
+        expected_tokens, beginning = 0, ()
+        for group in groups:
+            first, *others = shared_prefixes([examples[n] for n in group], 0, beginning)
+            expected_tokens += sum(stage.num_tokens for stage in (first, *others))
             if others and len(first.chunks) == 1:  # a beginning, as far as the pass before has not computed it
                 expected_tokens -= common_prefix([beginning, first.chunks[0]])
                 beginning = first.chunks[0]

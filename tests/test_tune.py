@@ -55,7 +55,8 @@ def test_between_equals_the_loss_decides(config):
     """Accuracy of few rows takes few values."""
     config = dataclasses.replace(config, metric_for_best_model="accuracy")
     trials = [Trial(1e-3, 1e-3, "a", 9, 0.5, 0.7), Trial(1e-2, 1e-3, "b", 9, 0.5, 0.6), Trial(1.0, 1e-3, "c", 9, None)]
-    assert [t.output_dir for t in tune_module._ranked(config, trials)] == ["b", "a", "c"]
+    trials.append(Trial(1e-1, 1e-3, "e", 9, 0.5, None))  # a loss that is not finite
+    assert [t.output_dir for t in tune_module._ranked(config, trials)] == ["b", "a", "e", "c"]
     better = Trial(1e-4, 1e-3, "d", 9, 0.6, 0.9)
     assert tune_module._ranked(config, [*trials, better])[0] == better
 

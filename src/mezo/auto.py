@@ -87,7 +87,7 @@ def resolved(named: Mapping[str, object]) -> dict[str, object]:
 
 
 def said(values: Mapping[str, object]) -> str:
-    """What a config has of all that an entry may set, in one line."""
+    """The learning rate, and what a config has of that which its entry sets, in one line."""
     return ", ".join(f"{name} {values[name]}" for name in ("learning_rate", *entry_of(values).options))
 
 

@@ -74,8 +74,8 @@ class MeZOConfig:
         dataset_test_split: Split to evaluate on.
         eval_dataset_name: File, folder or Hub name to evaluate on, if that is another than dataset_name.
         validation_size: Rows held out of the training split by seed: a share below 1, or a number of rows.
-        max_train_samples: Train on that many rows, drawn by seed.
-        max_eval_samples: Evaluate on that many rows, drawn by seed.
+        max_train_samples: Train on at most that many rows, drawn by seed.
+        max_eval_samples: Evaluate on at most that many rows, drawn by seed.
         template: Prompt with the row's columns in braces, `{text} It was [MASK].`; [MASK] stands for the mask token.
         label_words: Word for each label, `{"0": "terrible", "1": "great"}`.
         label_column: Column that holds the label.

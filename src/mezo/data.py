@@ -53,6 +53,8 @@ def load_splits(
         eval_rows = other_rows if eval_rows is None else eval_rows
     elif config.validation_size and eval_rows is None:
         train_rows, eval_rows = _hold_out(train_rows, config.validation_size, seed)
+    if (config.max_train_samples or 0) > len(train_rows):
+        logger.warning("max_train_samples is %d; there are %d rows", config.max_train_samples, len(train_rows))
     train_rows = _sample(train_rows, config.max_train_samples, seed)
     if eval_rows is not None:
         eval_rows = _sample(eval_rows, config.max_eval_samples, seed)
@@ -176,7 +178,7 @@ def _load_named(name: str, dataset_config: str | None, splits: Sequence[str]) ->
         if path.is_dir() and path_files:
             raise UserError(
                 f"dataset_name {name!r} has no file {splits[0]}.jsonl or of another type that is known; it has "
-                + ", ".join(p.name for p in path_files.values())
+                f"{', '.join(p.name for p in path_files.values())} ({_first_line(error.__cause__ or error)})"
             ) from None
         raise UserError(f"dataset_name {name!r}: {_first_line(error)}") from None
     return _split(found, splits, repr(name))
@@ -242,7 +244,8 @@ def _hold_out(rows: Dataset, size: float, seed: int) -> Splits:
 
 
 def _sample(rows: Dataset, count: int | None, seed: int) -> Dataset:
-    if count is None or count >= len(rows):
+    """At most `count` rows, drawn by seed."""
+    if count is None:
         return rows
     return rows.select(permutation(len(rows), seed)[:count])
 

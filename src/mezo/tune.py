@@ -110,7 +110,12 @@ def _ranked(config: MeZOConfig, trials: Iterable[Trial]) -> list[Trial]:
     sign = 1.0 if config.metric_for_best_model == "loss" else -1.0
 
     def key(trial: Trial) -> tuple[bool, int, float, float]:
-        return trial.metric is None, -trial.steps, sign * (trial.metric or 0.0), trial.loss or 0.0
+        return (
+            trial.metric is None,
+            -trial.steps,
+            sign * (trial.metric or 0.0),
+            math.inf if trial.loss is None else trial.loss,
+        )
 
     return sorted(trials, key=key)
 

@@ -21,12 +21,12 @@ class EvalOptions:
         adapter_name_or_path: Folder of a PEFT adapter for the model.
         task: Task of the paper by name (sst2, rte, squad, …) or a YAML file: data set, split, template, label words.
         num_demonstrations: In-context examples before each prompt: rows of the training split, drawn by seed.
-        seed: Seed of that draw.
+        seed: Seed of what is drawn.
         dataset_config: Configuration of the data set on the Hub.
         dataset_train_split: Split of the in-context examples.
         dataset_test_split: Split to evaluate; the task's, or validation, test or train, the first there is.
         eval_dataset_name: File, folder or Hub name to evaluate on, if that is another than the in-context examples'.
-        max_eval_samples: Evaluate the first so many rows.
+        max_eval_samples: Evaluate at most that many rows, drawn by seed.
         template: Prompt with the row's columns in braces.
         label_words: Word for each label.
         label_column: Column that holds the label.

@@ -288,11 +288,12 @@ class SGLangEngine:
         states = {client.name: worker_state(client) for client in self._clients}
         self._scores_in_workers = all(state["scores"] for state in states.values())
         for name, state in states.items():
-            if self._share_prefixes and state["scores"] and not state["shares_within_batch"]:
+            if self._share_prefixes and state["scores"] and not state.get("shares_within_batch", True):
                 logger.warning(
-                    "%s: what rows of a batch have in common and is not cached goes ahead in a batch of its own; "
-                    "with --attention-backend triton and --page-size 1 it need not", name
-                )  # fmt: skip
+                    "%s: rows of a batch share only what is cached before it; with --attention-backend triton, "
+                    "--page-size 1 and a radix cache they share all that they have in common",
+                    name,
+                )
         if not self._scores_in_workers:
             self._refuse_chunks()
 

@@ -52,7 +52,7 @@ _COPY_BYTES = 5 << 28  # memory of a GPU for whole copies of a small model's par
 _STATIC_FLOPS = 2e14
 # A pass of as many tokens and floating-point operations fills a GPU; more of both at once are no faster.
 _FILLING_TOKENS, _FILLING_FLOPS = 4096, 5e12
-_MOST_LOGITS = 1 << 28  # of a pass, where losses read many positions
+_MOST_LOGITS = 1 << 29  # of a pass, where losses read many positions
 # A pass is not shorter than about a millisecond, in which a GPU does as many floating-point operations.
 _LAUNCH_FLOPS, _LAUNCH_FLOPS_FLOAT32 = 5e11, 5e10
 
@@ -77,19 +77,16 @@ class Past(NamedTuple):
 class _Beginning(NamedTuple):
     """Tokens that all rows of a pass began with, and their keys and values [P, H, S, D] in each layer."""
 
+    probes: tuple[Probe, ...]
     tokens: tuple[int, ...]
     layers: list[tuple[Tensor, Tensor]]
 
-    def of(self, tokens: tuple[int, ...]) -> Past | None:
-        """What stands before a stage that begins with these tokens, as far as they are the same; None if not at all."""
-        same = common_prefix([self.tokens, tokens])
-        if not same:
-            return None
+    def cut(self, same: int) -> Past:
+        """The first tokens of it."""
         cache = DynamicCache()
         for layer, (keys, values) in enumerate(self.layers):
             cache.update(keys[:, :, :same], values[:, :, :same], layer)
-        num_probes, device = self.layers[0][0].shape[0], self.layers[0][0].device
-        return Past(cache, torch.ones(num_probes, same, dtype=torch.long, device=device))
+        return Past(cache, torch.ones(len(self.probes), same, dtype=torch.long, device=self.layers[0][0].device))
 
 
 class TorchEngine:
@@ -138,7 +135,7 @@ class TorchEngine:
         self._transformer: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model
         self._checked_reads = False
         self._defers = False  # updates may wait for the next pass
-        self._beginning: _Beginning | None = None  # of the pass before, under the same probes and weights
+        self._beginning: _Beginning | None = None  # of the pass before, under the present weights
         self._most_tokens: float = math.inf  # rows × longest row that fit into memory in one pass, as far as known
         self._share = share
         self._store = TensorStore(store_bytes if share else 0, store_device or model.device)
@@ -187,7 +184,6 @@ class TorchEngine:
         self.work.asked += len(probes) * sum(e.num_tokens for e in examples)
         first = 0
         for some in self._together(probes):
-            self._beginning = None
             for group_G in self._groups(examples, self.train_batch_size, len(some)):
                 part = [examples[n] for n in group_G]
                 for p, score in enumerate(self._fitting(part, some, greedy=False), first):
@@ -202,7 +198,6 @@ class TorchEngine:
         self._settle()
         parts: dict[int, TargetScores] = {}
         computed, padding = self.work.computed, self.work.padding
-        self._beginning = None
         for group_G in self._groups(examples, self.eval_batch_size):
             part = [examples[n] for n in group_G]
             (scores,) = self._fitting(part, [UNPERTURBED], greedy=True)
@@ -327,6 +322,7 @@ class TorchEngine:
 
     def _changed(self) -> None:
         """The trained parameters have moved."""
+        self._beginning = None
         if self._lora is not None:
             self._lora.changed()
         if self._copies is not None:
@@ -401,6 +397,9 @@ class TorchEngine:
 
     def _within_logits(self, examples: Sequence[Example], group: list[int], num_probes: int) -> Iterator[list[int]]:
         """A group in parts whose positions that are read have no more logits than fit beside a pass."""
+        if _classifies(self._transformer):
+            yield group
+            return
         most = _MOST_LOGITS // (num_probes * getattr(self._transformer.config.get_text_config(), "vocab_size", 1))
         part: list[int] = []
         reads = 0
@@ -499,7 +498,9 @@ class TorchEngine:
             return self._scores_activated(sequences, probes, greedy)
         stages = [Stage([s.input_ids for s in sequences], list(range(len(sequences))), [0] * len(sequences))]
         if self._shares_prefixes:
-            cut = shared_prefixes(examples, self._cost_of_pass(len(probes)))
+            kept = self._beginning
+            ready = () if kept is None or kept.probes != tuple(probes) else kept.tokens
+            cut = shared_prefixes(examples, self._cost_of_pass(len(probes)), ready)
             if sum(max(map(len, stage.chunks)) for stage in cut) <= self._reach:
                 stages = cut
         hidden_RSD = None if self._frozen is None else self._hidden_states(self._frozen, sequences)
@@ -513,7 +514,7 @@ class TorchEngine:
         with perturbed as inside, self._above(hidden_RSD, len(probes)):
             for stage in stages[:-1]:
                 if past is None and len(stage.chunks) == 1:
-                    past, reused = self._begin(stage.chunks[0], len(probes))
+                    past, reused = self._begin(stage.chunks[0], probes)
                 else:
                     past = self._extend(past, stage, len(probes))
             scores = self._read(past, stages[-1], sequences, len(probes), greedy)
@@ -526,13 +527,16 @@ class TorchEngine:
         self.work.computed += share * len(probes) * (sum(stage.num_tokens for stage in stages) - reused)
         return scores
 
-    def _begin(self, tokens: tuple[int, ...], num_probes: int) -> tuple[Past, int]:
+    def _begin(self, tokens: tuple[int, ...], probes: Sequence[Probe]) -> tuple[Past, int]:
         """Keys and values of the tokens that all rows of a pass begin with, and how many the pass before computed."""
-        past = None if self._beginning is None else self._beginning.of(tokens)
-        start = 0 if past is None else past.mask_RS.shape[1]
+        kept, start = self._beginning, 0
+        if kept is not None and kept.probes == tuple(probes):
+            start = common_prefix([kept.tokens, tokens])
+        past = kept.cut(start) if kept is not None and start else None
         if past is None or start < len(tokens):
-            past = self._extend(past, Stage([tokens[start:]], [0], [start]), num_probes)
-        self._beginning = _Beginning(tokens, [(layer.keys, layer.values) for layer in past.cache.layers])
+            past = self._extend(past, Stage([tokens[start:]], [0], [start]), len(probes))
+        layers = [(layer.keys, layer.values) for layer in past.cache.layers]
+        self._beginning = _Beginning(tuple(probes), tokens, layers)
         return past, start
 
     def _scores_activated(
@@ -784,7 +788,7 @@ class _LastHidden:
 
     def __enter__(self) -> None:
         self._handle = None
-        if not type(self._model).__name__.endswith("ForSequenceClassification"):
+        if not _classifies(self._model):
             # Not `base_model`: some models (OPT) call the decoder inside it.
             self._handle = self._model.get_decoder().register_forward_hook(self._select)
 
@@ -796,6 +800,11 @@ class _LastHidden:
         hidden_RSD = output.last_hidden_state
         output.last_hidden_state = hidden_RSD[self._where][None]
         return output
+
+
+def _classifies(model: PreTrainedModel) -> bool:
+    """Whether the head gives classes, not tokens."""
+    return type(model).__name__.endswith("ForSequenceClassification")
 
 
 def trained_parameters(model: PreTrainedModel | PeftModel) -> dict[str, Tensor]:

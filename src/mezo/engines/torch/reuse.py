@@ -97,7 +97,7 @@ class Stage:
         return len(self.chunks) * max(map(len, self.chunks)) - self.num_tokens
 
 
-def shared_prefixes(examples: Sequence[Example], pass_cost: int) -> list[Stage]:
+def shared_prefixes(examples: Sequence[Example], pass_cost: int, known: tuple[int, ...] = ()) -> list[Stage]:
     """Stages that compute a prefix common to all rows, and one common to the rows of an example, only once.
 
     Positions that are read stay in the last stage, which has the sequences of the examples as its rows, in order.
@@ -105,6 +105,7 @@ def shared_prefixes(examples: Sequence[Example], pass_cost: int) -> list[Stage]:
     Args:
         examples: of one batch.
         pass_cost: what one more pass costs, in tokens; a stage that saves less is left out.
+        known: tokens that may be gone on from at no cost.
     """
     sequences = [s for e in examples for s in e.sequences]
     owners = [n for n, e in enumerate(examples) for _ in e.sequences]
@@ -116,10 +117,11 @@ def shared_prefixes(examples: Sequence[Example], pass_cost: int) -> list[Stage]:
 
     # A row without any token would attend to nothing.
     common = common_prefix(prompts)
+    free = common_prefix([known, prompts[0][:common]])
     grouped = saved_by_grouping(common) > pass_cost and min(own) > 0
-    if common * ((len(examples) if grouped else len(sequences)) - 1) <= pass_cost:
-        common = 0
-        grouped = saved_by_grouping(0) > pass_cost and min(own) > 0
+    if (common - free) * ((len(examples) if grouped else len(sequences)) - 1) <= pass_cost:
+        common = free
+        grouped = saved_by_grouping(free) > pass_cost and min(own) > 0
     stages = []
     if common:
         stages.append(Stage([prompts[0][:common]], [0], [0]))
