@@ -70,10 +70,14 @@ from mezo.objective import Example, batch_loss, example_losses
 
 
 class Curve(TrainerCallback):
-    """Evaluates on held-out and reported rows every so many steps; the time that this takes does not count."""
+    """Evaluates on held-out and reported rows every so many steps; the time that this takes does not count.
 
-    def __init__(self, every: int, forwards: int):
-        self.every, self.forwards = every, forwards
+    What a step takes is the median of the second half of the steps; where directions are held for a window, the mean of
+    the last `window`, one of which ends it.
+    """
+
+    def __init__(self, every: int, forwards: int, window: int = 1):
+        self.every, self.forwards, self.window = every, forwards, window
         self.points: Rows = []
         self.started, self.times = 0.0, [0.0]
 
@@ -102,9 +106,11 @@ class Curve(TrainerCallback):
 
     def measure(self, step: int) -> None:
         held_out, reported = (evaluate(self.engine, rows) for rows in (self.held_out, self.reported))
+        half = self.times[len(self.times) // 2 :]
+        seconds = statistics.fmean(self.times[-self.window :]) if self.window > 1 else statistics.median(half)
         self.points.append(
             {"step": step, "forwards": step * self.forwards, "seconds": round(sum(self.times), 2),
-             "milliseconds_per_step": round(1e3 * statistics.median(self.times[len(self.times) // 2 :]), 3),
+             "milliseconds_per_step": round(1e3 * seconds, 3),
              "held_out_accuracy": round(held_out.accuracy, 4), "held_out_loss": round(held_out.loss, 4),
              "accuracy": round(reported.accuracy, 4), "loss": round(reported.loss, 4)}
         )  # fmt: skip
@@ -141,7 +147,8 @@ def run(job: Job, options: argparse.Namespace) -> Rows:
     began, task, steps = time.perf_counter(), TASKS[job.task], steps_of(job, options)
     train, held_out, reported = split(job, options)
     every = {"time": steps, "published": PUBLISHED_EVERY, "train": max(1, steps // options.points)}
-    curve = Curve(min(steps, every.get(job.phase, LONG_EVERY)), forwards_per_step(job.method))
+    window = options_of(job.method).get("direction_refresh_steps", 1)
+    curve = Curve(min(steps, every.get(job.phase, LONG_EVERY)), forwards_per_step(job.method), window)
     place: Any = tempfile.TemporaryDirectory()
     if job.phase.startswith("long"):
         steps = int(job.phase.split()[1])

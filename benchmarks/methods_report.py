@@ -6,8 +6,8 @@
 Curves are those of each method at the learning rate that its held-out rows chose, median of the seeds, with the
 smallest and the largest as a band. A curve reaches an accuracy where two evaluations in a row have it, since the best
 of twenty noisy ones has it too early. Seconds are steps times what a step takes with nothing beside it, evaluations not
-counted, on the device where plain MeZO was timed last; those of a method that was timed beside plain MeZO on another
-device are scaled by plain MeZO's.
+counted, on the device that the file has last of plain MeZO; those of a method that was timed beside plain MeZO on
+another device are scaled by plain MeZO's.
 """
 
 import argparse
@@ -188,11 +188,11 @@ def _distance(pairs: Sequence[tuple[list[Row], list[Row]]]) -> float:
 
 
 def long_runs(found: list[Row]) -> dict[str, list[Row]]:
-    """The points of the long runs by method, as far as they came."""
+    """The points of the long runs by task, method and rate, as far as they came."""
     points: dict[str, dict[int, Row]] = defaultdict(dict)
     for row in found:
         if row["phase"].startswith("long"):
-            points[row["method"]][int(row["step"])] = row
+            points[f"{row['task']}, {row['method']}, {row['learning_rate']}"][int(row["step"])] = row
     return {method: [of[step] for step in sorted(of)] for method, of in points.items()}
 
 
@@ -245,14 +245,14 @@ def plot_long(runs: dict[str, list[Row]], path: Path) -> None:
 
     figure = Figure(figsize=(11, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for method, points in runs.items():
+    for name, points in runs.items():
         steps = [int(p["step"]) for p in points]
-        left.plot(steps, [100 * float(p["accuracy"]) for p in points], label=f"{method}, {points[0]['learning_rate']}")
+        left.plot(steps, [100 * float(p["accuracy"]) for p in points], label=name)
         right.plot(steps, [float(p["held_out_loss"]) for p in points])
-    later = [point for points in runs.values() for point in points[1:]]
+    later = [point for points in runs.values() for point in points[1:] or points]
     left.set(xlabel="step", ylabel="accuracy, %", ylim=(100 * min(float(p["accuracy"]) for p in later) - 1, None))
     right.set(xlabel="step", ylabel="held-out loss", ylim=(None, max(float(p["held_out_loss"]) for p in later)))
-    left.legend(title=next(iter(runs.values()))[0]["task"], fontsize=8)
+    left.legend(fontsize=8)
     for axis in (left, right):
         axis.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
@@ -272,10 +272,10 @@ def main() -> None:
     published(found)
     twins(found)
     runs = long_runs(found)
-    for method, points in runs.items():
+    for name, points in runs.items():
         for row in points:
             accuracy = f"accuracy {100 * float(row['accuracy']):.1f}, held-out loss {row['held_out_loss']}"
-            print(f"{method:18} step {row['step']:>6}: {accuracy}")
+            print(f"{name}, step {row['step']:>6}: {accuracy}")
     if options.output is None:
         return
     options.output.mkdir(parents=True, exist_ok=True)

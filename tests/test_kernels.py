@@ -160,7 +160,8 @@ for number in range(2):
     step(ours, number), step(reference, number)
 expected = {name: reference.folded(name) for name in shapes}
 step(reference, 2)
-torch.Tensor.is_cuda = True
+torch.Tensor.is_cuda, fold, calls = True, gpu.fold, []
+gpu.fold = lambda *arguments: calls.append(len(arguments)) or fold(*arguments)
 for name in shapes:
     assert torch.equal(ours.folded(name), expected[name]), name
     assert torch.equal(ours.space.parameters[name], before[name])
@@ -169,6 +170,7 @@ for name in shapes:
     assert torch.equal(ours.space.parameters[name], reference.space.parameters[name]), name
     assert not torch.equal(ours.space.parameters[name], before[name]) or name == "c"
 assert ours.is_folded and not ours._collected.parameters["d"].any()
+assert len(calls) == 2 * len(shapes)
 """
     )
 

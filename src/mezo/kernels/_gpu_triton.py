@@ -257,7 +257,8 @@ def fold(
     for block in range(first, min(first + REPEAT * BLOCKS, (size + 7) // 8), BLOCKS):
         counter, i, inside = _elements(first_block, block, size, BLOCKS)
         value = tl.load(base_ptr + i, mask=inside).to(tl.float32) * keep
-        left, right = left_ptr + i // width * RANK, right_ptr + i % width * RANK
+        row = i // width
+        left, right = left_ptr + row * RANK, right_ptr + (i - row * width) * RANK
         for k in tl.static_range(RANK):
             value = value + tl.load(left + k, mask=inside) * tl.load(right + k, mask=inside)
         if ROUNDS:

@@ -256,6 +256,7 @@ def fold(
         rounding: its stream.
     """
     (num_rows, rank), width = left_Rr.shape, len(right_Ir)
+    assert width * min(num_rows, _NORMALS) < 1 << 31
     step = max(_NORMALS, _MOST_FOLDED // width // _NORMALS * _NORMALS)  # rows of a launch: whole counter blocks
     for row in range(0, num_rows, step):
         start, size = row * width, min(step, num_rows - row) * width
