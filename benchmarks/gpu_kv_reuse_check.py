@@ -21,7 +21,6 @@ batch makes of the same numbers.
 
 import argparse
 import copy
-import csv
 import functools
 import math
 import statistics
@@ -46,7 +45,7 @@ from gpu_kv_reuse import (
     with_adapter,
 )
 from gpu_sglang import SHAPES, make_folder, same_in_workers
-from provenance import provenance
+from provenance import provenance, write
 
 from mezo.config import MeZOConfig
 from mezo.engines.torch.engine import Past, TorchEngine
@@ -313,10 +312,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             flush=True,
         )
     if options.output:
-        with options.output.open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
+        write(options.output, rows)
     return int(any(row["result"] == "FAIL" for row in rows))
 
 

@@ -7,14 +7,13 @@ each. Nothing is read from a hub.
 """
 
 import argparse
-import csv
 import dataclasses
 import gc
 import tempfile
 from pathlib import Path
 
 import torch
-from provenance import provenance
+from provenance import provenance, write
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import LlamaConfig, OPTConfig, PreTrainedTokenizerFast
@@ -82,7 +81,7 @@ def main() -> None:
                     figures = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in dataclasses.asdict(m).items()}
                     memory = f"{m.peak_memory / plain:.3f}"
                     rows.append({"model": shape, "method": method, "rows": count, "tokens": tokens, **figures,
-                                 "memory_ratio": memory})  # fmt: skip
+                                 "memory_ratio": memory, **provenance()})  # fmt: skip
                     print(f"{shape:9} {method:19} {count:3} x {tokens:4} {m.what:19} {m.milliseconds:9.2f} ms "
                           f"{m.ratio:7.3f}  memory {memory}", flush=True)  # fmt: skip
                 gc.collect()
@@ -90,13 +89,6 @@ def main() -> None:
                     torch.cuda.empty_cache()
                 if arguments.output:  # after each, so that a time limit leaves what was measured
                     write(arguments.output, rows)
-
-
-def write(path: Path, rows: list[dict[str, object]]) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0], *provenance()])
-        writer.writeheader()
-        writer.writerows({**row, **provenance()} for row in rows)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from typing import Any
 
 import plain_rows  # noqa: F401  before mezo: stands in for a package that may be missing
 import torch
-from methods import differentiable_loss, split
+from methods import differentiable_loss, options_of_task, split
 from methods_settings import TASKS, Job
 from provenance import provenance, write
 
@@ -83,10 +83,7 @@ def main() -> None:
     for name in chosen.tasks:
         task = TASKS[name]
         training, _, _ = split(Job(name, "mezo", 0.0, 0, "train"), chosen)
-        config = MeZOConfig(
-            model_name_or_path=str(chosen.models / task["model"]), dtype="float32", output_dir="unused",
-            **{key: task[key] for key in ("template", "label_words", "max_length")},
-        )  # fmt: skip
+        config = MeZOConfig(output_dir="unused", **options_of_task(name, chosen.models))
         trainer = build_trainer(config, training)
         for state in ("as it is", "trained"):
             if state == "trained":

@@ -106,8 +106,10 @@ class Curve(TrainerCallback):
 
     def measure(self, step: int) -> None:
         held_out, reported = (evaluate(self.engine, rows) for rows in (self.held_out, self.reported))
-        half = self.times[len(self.times) // 2 :]
-        seconds = statistics.fmean(self.times[-self.window :]) if self.window > 1 else statistics.median(half)
+        if self.window > 1:
+            seconds = statistics.fmean(self.times[-self.window :])
+        else:
+            seconds = statistics.median(self.times[len(self.times) // 2 :])
         self.points.append(
             {"step": step, "forwards": step * self.forwards, "seconds": round(sum(self.times), 2),
              "milliseconds_per_step": round(1e3 * seconds, 3),
@@ -138,6 +140,13 @@ def split(job: Job, options: argparse.Namespace) -> tuple[Rows, Rows, Rows]:
     return chosen[fifth:], chosen[:fifth], reported if job.phase != "time" else reported[:16]
 
 
+def options_of_task(name: str, models: Path) -> dict[str, Any]:
+    """What a config says of a task, in float32."""
+    task = TASKS[name]
+    named = {option: task[option] for option in ("template", "label_words", "max_length")}
+    return {"model_name_or_path": str(models / task["model"]), "dtype": "float32", **named}
+
+
 def run(job: Job, options: argparse.Namespace) -> Rows:
     """The curve of one run, as rows of the CSV file."""
     warnings.filterwarnings("ignore")
@@ -156,8 +165,7 @@ def run(job: Job, options: argparse.Namespace) -> Rows:
     with place as folder:
         config = MeZOConfig.from_dict(
             {
-                "model_name_or_path": str(options.models / task["model"]), "dtype": "float32",
-                "template": task["template"], "label_words": task["label_words"], "max_length": task["max_length"],
+                **options_of_task(job.task, options.models),
                 "per_device_train_batch_size": task["batch"], "per_device_eval_batch_size": 256,
                 "learning_rate": job.learning_rate, "seed": job.seed, "data_seed": job.seed, "output_dir": str(folder),
                 "max_steps": steps, "logging_steps": 10**6, "save_steps": options.segment_steps,

@@ -122,9 +122,9 @@ def entries(found: list[Row]) -> dict[str, dict[str, Any]]:
 def entry(kind: str, chosen: Judged) -> dict[str, Any]:
     """An entry of auto.yaml."""
     usual = {name: getattr(MeZOConfig, name) for name in ("estimator", "optim", "direction", "epsilon")}
-    options = dict(METHODS[chosen.method][0])
-    trained = options.pop("trainable_layers", "lora" if "lora" in kind else "all")
-    options = {name: value for name, value in options.items() if name not in LORA}
+    options = METHODS[chosen.method][0]
+    trained = options.get("trainable_layers", "lora" if "lora" in kind else "all")
+    own = {name: value for name, value in options.items() if name not in (*LORA, "trainable_layers")}
     rows = [
         {
             "file": "benchmarks/results/methods.csv",
@@ -142,7 +142,7 @@ def entry(kind: str, chosen: Judged) -> dict[str, Any]:
     models = [row["task"].partition("/")[0] for row in rows]
     return {
         "method": chosen.method,
-        "options": {**usual, **options},
+        "options": {**usual, **own},
         "learning_rate": min(row["learning_rate"] for row in rows),
         "trained_parameters": {model: TRAINED[model][trained] for model in models},
         "rows": rows,

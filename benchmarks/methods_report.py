@@ -193,7 +193,7 @@ def long_runs(found: list[Row]) -> dict[str, list[Row]]:
     for row in found:
         if row["phase"].startswith("long"):
             points[f"{row['task']}, {row['method']}, {row['learning_rate']}"][int(row["step"])] = row
-    return {method: [of[step] for step in sorted(of)] for method, of in points.items()}
+    return {name: [of[step] for step in sorted(of)] for name, of in points.items()}
 
 
 def shown_methods(methods: dict[str, Finals], wanted: Sequence[str]) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import plain_rows  # noqa: F401  before mezo: stands in for a package that may be missing
 import torch
-from methods import drawn, rows_of
+from methods import drawn, options_of_task, rows_of
 from methods_settings import LORA, TASKS
 from provenance import provenance, write
 
@@ -60,9 +60,8 @@ def main() -> None:
         train = drawn(rows_of(name, arguments.data, False), arguments.rows, 0)
         for trained, options in (("all", {}), ("LoRA", LORA)):
             config = MeZOConfig.from_dict(
-                {"model_name_or_path": str(arguments.models / task["model"]), "dtype": "float32", "max_steps": 1,
-                 "template": task["template"], "label_words": task["label_words"], "max_length": task["max_length"],
-                 "per_device_train_batch_size": task["batch"], "output_dir": "unused", "use_cpu": True, **options}
+                {**options_of_task(name, arguments.models), "max_steps": 1, "output_dir": "unused", "use_cpu": True,
+                 "per_device_train_batch_size": task["batch"], **options}
             )  # fmt: skip
             trainer = build_trainer(config, train)
             for machine in ("CPU", "GPU"):

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from methods import drawn, rows_of
-from methods_settings import TASKS
+from methods import options_of_task, split
+from methods_settings import Job
 from provenance import provenance, write
 
 from mezo import journal
@@ -34,19 +34,16 @@ def main() -> None:
     parser.add_argument("journal", type=Path)
     parser.add_argument("--models", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--rows", type=int, default=1000)
     parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument("--every", type=int, default=2_500)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
-    task, steps = TASKS[TASK], journal.read(options.journal).steps[: options.steps]
-    chosen = drawn(rows_of(TASK, options.data, False), 1000, 0)
-    held_out, reported = chosen[:200], drawn(rows_of(TASK, options.data, True), 1000, 0)
-    config = MeZOConfig(
-        model_name_or_path=str(options.models / task["model"]), dtype="float32", template=task["template"],
-        label_words=task["label_words"], max_length=task["max_length"], per_device_eval_batch_size=256,
-        output_dir="unused",
-    )  # fmt: skip
-    trainer = build_trainer(config, chosen[200:], held_out + reported)
+    steps = journal.read(options.journal).steps[: options.steps]
+    train, held_out, reported = split(Job(TASK, "mezo", 0.0, 0, "train"), options)
+    named = options_of_task(TASK, options.models)
+    config = MeZOConfig(per_device_eval_batch_size=256, output_dir="unused", **named)
+    trainer = build_trainer(config, train, held_out + reported)
     engine, examples = trainer.engine, trainer.eval_examples or []
     sizes = torch.cat([p.detach().abs().flatten() for p in engine.space.parameters.values()])
     last_places = 2.0 ** (sizes[sizes > 0].log2().floor() - 7)

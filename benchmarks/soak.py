@@ -9,7 +9,6 @@ or a step got slower by more than --max_slower percent: the last fifth against t
 """
 
 import argparse
-import csv
 import gc
 import os
 import statistics
@@ -19,7 +18,7 @@ import time
 from pathlib import Path
 
 import torch
-from provenance import provenance
+from provenance import provenance, write
 from transformers import TrainerCallback
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -87,10 +86,7 @@ def main() -> None:
     watch = Watch(arguments.window)
     with tempfile.TemporaryDirectory() as name:
         train(Path(name), arguments.steps, watch)
-    with open(arguments.output, "w", newline="") as file:
-        writer = csv.DictWriter(file, [*watch.rows[0], *provenance()])
-        writer.writeheader()
-        writer.writerows({**row, **provenance()} for row in watch.rows)
+    write(Path(arguments.output), [{**row, **provenance()} for row in watch.rows])
     growth, files, slower = change(watch.rows)
     print(f"after the first fifth: {growth:+.2f} % memory, {files:+d} open files, {slower:+.1f} % time of a step")
     if growth > arguments.max_growth or files > 0 or slower > arguments.max_slower:

@@ -139,8 +139,7 @@ def run(options: BenchOptions) -> list[Measurement]:
     weight_bytes = sum(p.numel() * p.element_size() for p in engine.model.parameters())
     copies = copy_bandwidth(engine.model.device)
     times: dict[str, list[float]] = {name: [] for name in methods}
-    peaks = dict.fromkeys(methods, 0.0)
-    peaks["two plain forwards"] = _plain_peak(engine, bare, examples)
+    plain_peak, peaks = _plain_peak(engine, bare, examples), dict.fromkeys(methods, 0.0)
     with engine.deferring():
         for repeat in range(options.repeats + _WARM_UP):
             for name, method in methods.items():
@@ -149,8 +148,8 @@ def run(options: BenchOptions) -> list[Measurement]:
                 if repeat >= _WARM_UP:
                     times[name].append(seconds)
                     kept = engine.graph_bytes / 2**20 if name == "a step of mezo" else 0.0  # not counted as allocated
-                    if name != "two plain forwards":
-                        peaks[name] = max(peaks[name], _peak(engine.model.device) + kept)
+                    peaks[name] = max(peaks[name], _peak(engine.model.device) + kept)
+    peaks["two plain forwards"] = plain_peak
     if engine._low_rank is not None:
         _reset_peak(engine.model.device)
         ends, steps = window_ends(engine), engine._low_rank.refresh_steps
@@ -159,13 +158,13 @@ def run(options: BenchOptions) -> list[Measurement]:
     base = statistics.median(times["two plain forwards"])
     # Over the weights; whether updates went along with passes shows only now.
     passes = {"a step of mezo": _passes(options, engine), "original algorithm": 2.0 + 8.0 * (not options.use_peft)}
+    directions = {"a step of mezo": options.num_queries, "end of a window": 0}
     rows = []
     for name, seconds_of in times.items():
         median = statistics.median(seconds_of)
         quantiles = statistics.quantiles(seconds_of, n=5, method="inclusive")  # two repeats are enough
         traffic = passes.get(name, 2.0) * weight_bytes / median / 1e9
-        tokens = 2 * options.rows * options.tokens * (options.num_queries if name == "a step of mezo" else 1)
-        tokens *= name != "end of a window"
+        tokens = 2 * options.rows * options.tokens * directions.get(name, 1)
         rows.append(
             Measurement(
                 name, median * 1e3, quantiles[0] * 1e3, quantiles[3] * 1e3, median / base,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -73,6 +74,11 @@ def _shards(index: Path) -> list[str]:
     if not inside:
         raise UserError(f"{index} names files outside its folder")
     return shards
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether something on the Hub may be called so; what is not is a path."""
+    return re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name) is not None
 
 
 def hub_file(model_name_or_path: str, name: str, revision: str = "main") -> Path | None:

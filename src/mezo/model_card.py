@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import yaml
@@ -10,6 +9,7 @@ from transformers import TrainerState
 
 from mezo.config import MeZOConfig
 from mezo.evaluation import Metrics
+from mezo.fingerprint import is_hub_name
 from mezo.journal import JsonObject
 
 _KINDS = {
@@ -102,4 +102,4 @@ def _loading(config: MeZOConfig, header: JsonObject) -> str:
 
 def _on_hub(name: str) -> bool:
     """Whether this is a name on the Hub and no path; the Hub refuses a card with paths in its metadata."""
-    return re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name) is not None and not Path(name).exists()
+    return is_hub_name(name) and not Path(name).exists()

@@ -49,39 +49,40 @@ def test_colocated_engine(updates, reference, model_folder, tmp_path):
     assert metrics[0] == [{**entry, "eval_loss": pytest.approx(entry["eval_loss"], abs=1e-4)} for entry in metrics[1]]
 
 
-def test_opt_with_an_adapter_on_every_module(reference, model_folder, tmp_path):
+@pytest.fixture
+def expected_run(reference, model_folder, tmp_path):
+    """Trains on SGLang, in `tmp_path / "run"`, as the torch engine does; returns the torch engine's folder."""
+
+    def train(name, **options):
+        run = tmp_path / "run"
+        finish(start_job("finetune", model=model_folder(name), out=str(run), engine="sglang", **options))
+        expected = reference(name, **options)
+        assert_same_run(run, expected, options["num_steps"])
+        assert_same_adapter(run, expected)
+        return expected
+
+    return train
+
+
+def test_opt_with_an_adapter_on_every_module(expected_run):
     """In SGLang's own processes, where the plugin has to complete OPT."""
-    options = {"lora_target_modules": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"], "num_steps": 10}
-    run = tmp_path / "run"
-    finish(start_job("finetune", model=model_folder("opt"), out=str(run), engine="sglang", **options))
-    expected = reference("opt", **options)
-    assert_same_run(run, expected, 10)
-    assert_same_adapter(run, expected)
+    modules = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
+    expected_run("opt", lora_target_modules=modules, num_steps=10)
 
 
-def test_a_reward_of_what_both_adapters_say(reference, model_folder, tmp_path):
+GENERATING = {"epsilon": 0.3, "learning_rate": 9e-2}  # the signs say different things
+
+
+def test_a_reward_of_what_both_adapters_say(expected_run):
     """No gradient anywhere: SGLang generates under both signs in one batch, and says what the torch engine says."""
-    options = {
-        "objective": "reward", "reward_funcs": ["tests.sglang.jobs.says_much"], "num_steps": 8, "epsilon": 0.3,
-        "max_new_tokens": 6, "learning_rate": 9e-2,
-    }  # fmt: skip
-    run = tmp_path / "run"
-    finish(start_job("finetune", model=model_folder("llama"), out=str(run), engine="sglang", **options))
-    expected = reference("llama", **options)
-    assert_same_run(run, expected, 8)
-    assert_same_adapter(run, expected)
+    reward = {"objective": "reward", "reward_funcs": ["tests.sglang.jobs.says_much"], "max_new_tokens": 6}
+    expected_run("llama", num_steps=8, **reward, **GENERATING)
 
 
-def test_f1_of_generated_answers(reference, model_folder, tmp_path):
+def test_f1_of_generated_answers(expected_run, tmp_path):
     """The objective and the evaluation are F1 of what is said up to a stop text; both engines say the same."""
-    options = {
-        "objective": "f1", "num_steps": 6, "epsilon": 0.3, "max_new_tokens": 8, "learning_rate": 9e-2, "eval_steps": 3,
-    }  # fmt: skip
     run = tmp_path / "run"
-    finish(start_job("finetune", model=model_folder("llama"), out=str(run), engine="sglang", **options))
-    expected = reference("llama", **options)
-    assert_same_run(run, expected, 6)
-    assert_same_adapter(run, expected)
+    expected = expected_run("llama", objective="f1", num_steps=6, max_new_tokens=8, eval_steps=3, **GENERATING)
     assert any(r.loss_plus != r.loss_minus for (r,) in journal.read(run / "journal").steps)
     states = [json.loads((r / "trainer_state.json").read_text()) for r in (run, expected)]
     scores = [[e["eval_f1"] for e in state["log_history"] if "eval_f1" in e] for state in states]

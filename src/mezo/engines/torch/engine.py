@@ -400,7 +400,7 @@ class TorchEngine:
         if _classifies(self._transformer):
             yield group
             return
-        most = _MOST_LOGITS // (num_probes * getattr(self._transformer.config.get_text_config(), "vocab_size", 1))
+        most = _MOST_LOGITS // (num_probes * self._transformer.config.get_text_config().vocab_size)
         part: list[int] = []
         reads = 0
         for n in group:
@@ -498,8 +498,9 @@ class TorchEngine:
             return self._scores_activated(sequences, probes, greedy)
         stages = [Stage([s.input_ids for s in sequences], list(range(len(sequences))), [0] * len(sequences))]
         if self._shares_prefixes:
-            kept = self._beginning
-            ready = () if kept is None or kept.probes != tuple(probes) else kept.tokens
+            if self._beginning is not None and self._beginning.probes != tuple(probes):
+                self._beginning = None
+            ready = () if self._beginning is None else self._beginning.tokens
             cut = shared_prefixes(examples, self._cost_of_pass(len(probes)), ready)
             if sum(max(map(len, stage.chunks)) for stage in cut) <= self._reach:
                 stages = cut
@@ -529,9 +530,8 @@ class TorchEngine:
 
     def _begin(self, tokens: tuple[int, ...], probes: Sequence[Probe]) -> tuple[Past, int]:
         """Keys and values of the tokens that all rows of a pass begin with, and how many the pass before computed."""
-        kept, start = self._beginning, 0
-        if kept is not None and kept.probes == tuple(probes):
-            start = common_prefix([kept.tokens, tokens])
+        kept = self._beginning
+        start = 0 if kept is None else common_prefix([kept.tokens, tokens])
         past = kept.cut(start) if kept is not None and start else None
         if past is None or start < len(tokens):
             past = self._extend(past, Stage([tokens[start:]], [0], [start]), len(probes))

@@ -27,7 +27,7 @@ from transformers.utils import logging as transformers_logging
 from mezo import philox
 from mezo.config import MeZOConfig
 from mezo.errors import UserError
-from mezo.fingerprint import weight_files
+from mezo.fingerprint import is_hub_name, weight_files
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _AUTO_CLASSES = {
@@ -45,7 +45,7 @@ def device_for(config: MeZOConfig) -> torch.device:
 def load_model_config(config: MeZOConfig) -> PretrainedConfig:
     """The model's configuration, without its weights."""
     name = config.model_name_or_path
-    if (Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1) and not Path(name).exists():
+    if not is_hub_name(name) and not Path(name).exists():
         raise UserError(f"model_name_or_path: there is no folder {name!r}")
     try:
         model_config: PretrainedConfig = AutoConfig.from_pretrained(
