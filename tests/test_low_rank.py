@@ -340,6 +340,16 @@ def test_trained_lines_of_a_dense_direction_are_drawn_once_for_both_signs(model_
     assert sum(drawn) == engine.space.num_parameters() - embedding.numel()
 
 
+@pytest.mark.parametrize("num_probes", [1, 2])
+def test_an_activation_takes_no_memory_under_several_probes(model_folder, num_probes):
+    engine, examples = engine_for(model_folder("opt"), "opt")
+    layer, places = engine.model.model.decoder.layers[0], []
+    for module in (layer.fc1, layer.activation_fn):
+        module.register_forward_hook(lambda _, inputs, output: places.append(output.data_ptr()))
+    engine.losses(examples[:1], [Probe(5, scale) for scale in (1e-3, -1e-3)[:num_probes]])
+    assert (places[0] == places[1]) == (num_probes == 2)
+
+
 @pytest.mark.parametrize("kind", ["low_rank", "subspace"])
 @pytest.mark.parametrize("optim", ["momentum", "adam"])
 def test_momentum_and_adam_are_pytorchs_on_what_is_drawn(kind, optim):

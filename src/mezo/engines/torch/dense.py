@@ -19,9 +19,9 @@ from mezo.estimator import Probe
 from mezo.kernels import gpu
 
 # Elements of a linear layer's weight that are formed at once. On a CPU 8 MiB of scratch for each probe; on a GPU
-# a hundredth of the model, which leaves memory as it is, but enough for one matrix product to fill it.
+# a small share of the model, which leaves memory as it is, but enough for one matrix product to fill it.
 _LINEAR_BLOCK = 1 << 21
-_LINEAR_BLOCK_GPU = (1 << 23, 1 << 27)  # least and most
+_LINEAR_BLOCK_GPU, _LINEAR_BLOCKS_GPU = (1 << 23, 1 << 27), 120  # least and most; of a model
 _FEW = 2  # probes whose products a GPU makes one after the other
 _ALIGNED = 64  # outputs of a block: tensor cores want addresses that are
 
@@ -132,7 +132,7 @@ class ProbeKeys:
         self._space = space
         self._device = device
         least, most = _LINEAR_BLOCK_GPU
-        self.block = max(least, min(most, space.num_parameters() // 100))
+        self.block = max(least, min(most, space.num_parameters() // _LINEAR_BLOCKS_GPU))
         matrices = [p.shape for p in space.parameters.values() if p.ndim == 2]
         self._largest = max((i * min(o, _rows_of_block(self.block, i)) for o, i in matrices), default=0)
         self._dtypes = {p.dtype for p in space.parameters.values() if p.ndim == 2}

@@ -40,6 +40,7 @@ _METADATA_FUNCTIONS = frozenset(
         "get_device __len__".split()
     )
 )
+_ACTIVATIONS = frozenset((F.relu, F.silu))
 _PRODUCTS = frozenset("mul multiply __mul__ __rmul__".split())
 _SUMS = frozenset("add __add__ __radd__".split())
 
@@ -71,7 +72,8 @@ class PerturbedForward(TorchFunctionMode):
     """Context in which reads of the trained parameters see them under the probes.
 
     A linear layer may leave its output unfinished: then the next function that reads it finishes it, in the same pass
-    over memory if it is one that reads and writes each element anyway.
+    over memory if it is one that reads and writes each element anyway. Under several probes an activation is written
+    over what it is of, so that the widest tensors of a pass are there once.
     """
 
     def __init__(self, weights: Weights):
@@ -80,6 +82,7 @@ class PerturbedForward(TorchFunctionMode):
         self._num_probes = weights.num_probes
         self._num_rows = 0  # of all probes, as the last embedding saw them
         self._unfinished: dict[int, tuple[ReferenceType[Tensor], LowRankSum]] = {}  # by id of the tensor
+        self._last_output: ReferenceType[Tensor] | None = None  # of a linear layer
 
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)
@@ -109,6 +112,8 @@ class PerturbedForward(TorchFunctionMode):
         handler = _HANDLERS.get(func)
         if handler is not None:
             return handler(self, *args, **kwargs)
+        if func in _ACTIVATIONS and self._last_output is not None and self._last_output() is args[0]:
+            kwargs = {"inplace": True}
         if self._num_probes > 1 and getattr(func, "__name__", "") in _PRODUCTS | _SUMS and len(args) == 2:
             return self._elementwise(func, *args, **kwargs)
         return func(*map(self._substitute, args), **{k: self._substitute(v) for k, v in kwargs.items()})
@@ -140,7 +145,7 @@ class PerturbedForward(TorchFunctionMode):
     def _finished_by(self, func: Callable[..., Any], args: Sequence[Any]) -> Tensor | None:
         """What the function makes of an unfinished tensor, if it can be made in one pass: relu, silu, sum, product."""
         name = getattr(func, "__name__", "")
-        if func in (F.relu, F.silu) and (parts := self._parts(args[0])) is not None:
+        if func in _ACTIVATIONS and (parts := self._parts(args[0])) is not None:
             return parts.then(name).view(args[0].shape)
         if len(args) != 2 or name not in _PRODUCTS | _SUMS:
             return None
@@ -188,7 +193,10 @@ class PerturbedForward(TorchFunctionMode):
             assert bias_PO is not None
             weight_OI = weight.T if transposed else weight
             y_PNO = torch.stack([F.linear(x_NI, weight_OI, b_O) for x_NI, b_O in zip(x_PNI, bias_PO, strict=True)])
-        return y_PNO.view(*x.shape[:-1], y_PNO.shape[-1])
+        y = y_PNO.view(*x.shape[:-1], y_PNO.shape[-1])
+        # Nothing else reads what an activation reads in the models that several probes go through.
+        self._last_output = weakref.ref(y) if self._num_probes > 1 else None
+        return y
 
     def _addmm(self, bias: Tensor, x: Tensor, weight: Tensor, **scales: Any) -> Tensor:
         if scales or bias.ndim != 1:
