@@ -45,7 +45,7 @@ def test_a_step_bears_its_share_of_a_windows_end(model_folder, monkeypatch):
 
     monkeypatch.setattr(bench, "timed", counted)
     assert len(bench.window_ends(engine)) == 3
-    assert ends == [(49, 0)] * 3 and engine._low_rank.is_folded
+    assert ends == [(49, 0)] * 4 and engine._low_rank.is_folded
     monkeypatch.setattr(bench, "timed", lambda function, device: 1.0 if function() is None else 2.0)
     monkeypatch.setattr(bench, "window_ends", lambda engine: [200.0, 100.0, 50.0])
     rows = {row.what: row for row in run(options(model_folder("llama"), direction="low_rank"))}

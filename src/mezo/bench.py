@@ -36,7 +36,7 @@ from mezo.engines.torch.loading import (
     load_tokenizer,
 )
 from mezo.errors import UserError
-from mezo.estimator import UNPERTURBED, Probe, Record, TwoPoint
+from mezo.estimator import UNPERTURBED, Record, TwoPoint
 from mezo.objective import Example, Target, TokenSequence, batch_loss, example_losses
 
 _EPSILON, _LEARNING_RATE = 1e-3, 1e-9
@@ -225,23 +225,25 @@ def window_ends(engine: TorchEngine, count: int = 3) -> list[float]:
     """Seconds that the end of a window of low-rank directions takes, the next one's directions included."""
     state = engine._low_rank
     assert state is not None
+    estimator = TwoPoint(seed=1, epsilon=_EPSILON)
     seconds: list[float] = []
 
     def update(step: int) -> None:
-        engine.update([Record(step, step, 0.0, 0.0, 1.0, _LEARNING_RATE, 0, 1)])
+        seed = estimator.probes(step)[0].seed
+        engine.update([Record(step, seed, 0.0, 0.0, 1.0, _LEARNING_RATE, 0, 1)])
 
     def end(step: int) -> None:
         update(step)
-        state.probes([Probe(step + 1, 0.0)])
+        state.probes(estimator.probes(step + 1))
 
     step = 0
-    while len(seconds) < count:
+    while len(seconds) <= count:
         if state.steps < state.refresh_steps - 1:
             update(step)
         else:
             seconds.append(timed(functools.partial(end, step), engine.model.device))
         step += 1
-    return seconds
+    return seconds[1:]  # the first compiles kernels
 
 
 @torch.no_grad()
