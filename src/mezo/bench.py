@@ -236,13 +236,10 @@ def window_ends(engine: TorchEngine, count: int = 3) -> list[float]:
         update(step)
         state.probes(estimator.probes(step + 1))
 
-    step = 0
-    while len(seconds) <= count:
-        if state.steps < state.refresh_steps - 1:
-            update(step)
-        else:
-            seconds.append(timed(functools.partial(end, step), engine.model.device))
-        step += 1
+    for step in range(0, 2 * (count + 1), 2):
+        update(step)
+        state.steps = state.refresh_steps - 1  # as many updates leave nothing else to fold than one
+        seconds.append(timed(functools.partial(end, step + 1), engine.model.device))
     return seconds[1:]  # the first compiles kernels
 
 
