@@ -53,9 +53,10 @@ def words_equal() -> bool:
 def normals_equal() -> bool:
     starts = torch.tensor([0, 3, 1021, (1 << 34) + 1])
     for width in (1, 255, 1024, 300_001, 1 << 22):  # the last one meets every entry of the tables
-        expected = philox.reference_normals(9, STREAM, starts, width)
+        some = starts[:1] if width == 1 << 22 else starts
+        expected = philox.reference_normals(9, STREAM, some, width)
         for function in (philox.normals, philox.reference_normals):
-            if not torch.equal(function(9, STREAM, starts.cuda(), width).cpu(), expected):
+            if not torch.equal(function(9, STREAM, some.cuda(), width).cpu(), expected):
                 return False
     return True
 
