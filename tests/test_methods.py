@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import statistics
 import sys
+import types
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -308,3 +309,12 @@ def test_signal_and_scatter(model_folder):
     before = statistics.mean(methods.differentiable_loss(engine, [e]).item() for e in examples)
     gradient_signal.train(engine, examples * 200)
     assert statistics.mean(methods.differentiable_loss(engine, [e]).item() for e in examples) < before
+
+
+def test_a_step_bears_its_share_of_a_windows_end(monkeypatch):
+    curve = methods.Curve(6, 2, window=3)
+    monkeypatch.setattr(methods, "evaluate", lambda engine, rows: types.SimpleNamespace(accuracy=0.5, loss=0.7))
+    curve.begin(None, [], [], measure=False)
+    curve.times = [0.0, 9.0, 9.0, 9.0, 1.0, 1.0, 4.0]  # steps 3 and 6 end windows
+    curve.measure(6)
+    assert curve.points[-1]["milliseconds_per_step"] == 1e3 * (2.5 + (4.0 - 2.5) / 3)
