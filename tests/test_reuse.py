@@ -34,11 +34,14 @@ INVOCATION = (7, 8)
 COMMON = 500  # tokens
 
 
-def engine_for(folder, *, share, peft=True, alora=False, layers=None, store_bytes=1_000_000_000, dense_cost=0):
+def engine_for(
+    folder, *, share, peft=True, prefix=False, alora=False, layers=None, store_bytes=1_000_000_000, dense_cost=0
+):
     config = MeZOConfig(
         model_name_or_path=folder, use_peft=peft, dtype="float32", use_cpu=True, seed=3, trainable_layers=layers,
         enable_kv_cache_optimization=share, kv_cache_gb=store_bytes / 1e9,
         **({"lora_variant": "alora", "alora_invocation_tokens": list(INVOCATION)} if alora else {}),
+        **({"peft_type": "prefix_tuning", "num_virtual_tokens": 3} if prefix else {}),
     )  # fmt: skip
     model = load_model(config, "causal_lm").model
     if peft:
@@ -86,10 +89,13 @@ def batches(draw, invocation=()):
 quick = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-@pytest.mark.parametrize("peft", [True, False], ids=["lora", "full"])
+TRAINED = {"lora": {}, "full": {"peft": False}, "prefix": {"prefix": True}}
+
+
+@pytest.mark.parametrize("trained", TRAINED)
 @pytest.mark.parametrize("name", DECODERS)
-def test_shared_prefixes(model_folder, name, peft):
-    shared, whole = (engine_for(model_folder(name), share=share, peft=peft) for share in (True, False))
+def test_shared_prefixes(model_folder, name, trained):
+    shared, whole = (engine_for(model_folder(name), share=share, **TRAINED[trained]) for share in (True, False))
 
     @quick
     @given(batches(), st.integers(0, 100))
@@ -378,12 +384,13 @@ RUN = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("variant", ["alora", "lora", "layers", "layers, evicted", "full"])
+@pytest.mark.parametrize("variant", ["alora", "lora", "prefix", "layers", "layers, evicted", "full"])
 def test_a_run_with_reuse_is_a_run_without(model_folder, tmp_path, variant):
     """Journals, weights and evaluation of whole runs; what was reused is reported."""
     options = {
         "alora": {"lora_rank": 4, "lora_variant": "alora"},
         "lora": {"lora_rank": 4, "template": "it was good . " * 10 + "{text} it was"},
+        "prefix": {"use_peft": True, "peft_type": "prefix_tuning", "template": "it was good . " * 10 + "{text} it was"},
         "layers": {"trainable_layers": "last:1", "learning_rate": 1e-4},
         "layers, evicted": {"trainable_layers": "last:1", "learning_rate": 1e-4, "kv_cache_gb": 3e-5},
         "full": {"template": "it was good . " * 10 + "{text} it was", "learning_rate": 1e-4},
@@ -409,7 +416,7 @@ def test_a_run_with_reuse_is_a_run_without(model_folder, tmp_path, variant):
     facts = summary(runs[True])
     assert {facts[key] == last[key] for key in ("tokens_computed", "reuse_percent", "seconds_saved")} == {True}
     assert facts["steps"] == "12 of 12"
-    name = "adapter_model.safetensors" if "lora_rank" in options else "model.safetensors"
+    name = "adapter_model.safetensors" if variant in ("alora", "lora", "prefix") else "model.safetensors"
     ours, theirs = (load_file(str(runs[reuse] / name)) for reuse in (True, False))
     assert all((ours[n] - t).abs().max() < 2e-4 for n, t in theirs.items())
     again = load_file(str(replay(runs[True], tmp_path / "again") / name))

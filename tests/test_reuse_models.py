@@ -95,6 +95,21 @@ def test_shared_prefixes(model_type, monkeypatch):
     assert work.computed < 0.7 * work.asked
 
 
+@pytest.mark.parametrize("model_type", CONFIGS)
+def test_shared_prefixes_behind_a_trained_one(model_type, monkeypatch):
+    """PEFT's forward pass takes the rows whole."""
+    config = MeZOConfig(model_name_or_path="", use_peft=True, peft_type="prefix_tuning", num_virtual_tokens=3)
+    model = add_adapter(make_model(model_type, CONFIGS[model_type]), config, "causal_lm")
+    examples = make_examples((3, 9, 14))
+    found, work = losses(model, examples, True, monkeypatch)
+    expected, _ = losses(model, examples, False, monkeypatch)
+    assert (found - expected).abs().max() < TOLERANCE
+    assert work.computed < 0.7 * work.asked
+    (prefix,) = (p for p in model.parameters() if p.requires_grad)
+    prefix.data.zero_()
+    assert (losses(model, examples, True, monkeypatch)[0] - found).abs().max() > 100 * TOLERANCE  # it is read
+
+
 @pytest.mark.parametrize("model_type", WINDOWED)
 def test_rows_beyond_a_sliding_window_are_not_cut(model_type, monkeypatch):
     model = make_model(model_type, WINDOWED[model_type])

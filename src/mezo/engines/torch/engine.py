@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
@@ -75,7 +75,8 @@ class Past(NamedTuple):
 
 
 class _Beginning(NamedTuple):
-    """Tokens that all rows of a pass began with, and their keys and values [P, H, S, D] in each layer."""
+    """Tokens that all rows of a pass began with, and their keys and values [P, H, S, D] in each layer, behind those
+    of a trained prefix."""
 
     probes: tuple[Probe, ...]
     tokens: tuple[int, ...]
@@ -83,6 +84,7 @@ class _Beginning(NamedTuple):
 
     def cut(self, same: int) -> Past:
         """The first tokens of it."""
+        same += self.layers[0][0].shape[2] - len(self.tokens)
         cache = DynamicCache()
         for layer, (keys, values) in enumerate(self.layers):
             cache.update(keys[:, :, :same], values[:, :, :same], layer)
@@ -153,6 +155,7 @@ class TorchEngine:
         self._accepted = {n for n in ("attention_mask", "position_ids", "use_cache") if n in arguments}
         # PEFT's prefix tuning brings keys and values of its own.
         self._has_prefix = isinstance(model, PeftModel) and model.peft_config["default"].is_prompt_learning
+        self._prefix_tokens = model.peft_config["default"].num_virtual_tokens if self._has_prefix else 0
         self._frozen = self._frozen_layers()
         on_gpu = model.device.type == "cuda"
         self._copies = self._copies_within(_COPY_BYTES if on_gpu and share else 0)
@@ -180,6 +183,7 @@ class TorchEngine:
     @torch.no_grad()
     def losses(self, examples: Sequence[Example], probes: Sequence[Probe], loss: Loss = example_losses) -> Tensor:
         """See `Engine.losses`."""
+        self._beginning = None
         losses_PN = torch.empty(len(probes), len(examples))
         self.work.asked += len(probes) * sum(e.num_tokens for e in examples)
         first = 0
@@ -196,6 +200,7 @@ class TorchEngine:
     def score(self, examples: Sequence[Example]) -> TargetScores:
         """See `Engine.score`."""
         self._settle()
+        self._beginning = None
         parts: dict[int, TargetScores] = {}
         computed, padding = self.work.computed, self.work.padding
         for group_G in self._groups(examples, self.eval_batch_size):
@@ -414,14 +419,14 @@ class TorchEngine:
     @property
     def _shares_prefixes(self) -> bool:
         """Whether rows of a pass go on from a prompt that was computed once."""
-        return self._share and self._reach > 0 and not self._has_prefix and self._frozen is None
+        return self._share and self._reach > 0 and self._frozen is None
 
     def _common_beginning(self, examples: Sequence[Example]) -> int:
         """Tokens of all rows that each pass over some of them may compute once."""
         sequences = [s for e in examples for s in e.sequences]
         if not self._shares_prefixes or any(s.adapter_start for s in sequences):
             return 0
-        if max(len(s.input_ids) for s in sequences) > self._reach:
+        if self._prefix_tokens + max(len(s.input_ids) for s in sequences) > self._reach:
             return 0
         return common_prefix([s.input_ids[: s.read_start] for s in sequences])
 
@@ -502,7 +507,7 @@ class TorchEngine:
                 self._beginning = None
             ready = () if self._beginning is None else self._beginning.tokens
             cut = shared_prefixes(examples, self._cost_of_pass(len(probes)), ready)
-            if sum(max(map(len, stage.chunks)) for stage in cut) <= self._reach:
+            if self._prefix_tokens + sum(max(map(len, stage.chunks)) for stage in cut) <= self._reach:
                 stages = cut
         hidden_RSD = None if self._frozen is None else self._hidden_states(self._frozen, sequences)
         share = 1.0 if self._frozen is None else 1.0 - self._frozen.share
@@ -681,10 +686,18 @@ class TorchEngine:
         inputs = Padded.of(stage, self._pad).inputs(num_probes, self.model.device)
         self.work.padding += num_probes * stage.num_padding
         own_mask_RS = inputs["attention_mask"]
-        past = Past(DynamicCache(), own_mask_RS[:, :0]) if past is None else past.of_rows(stage.parents, num_probes)
+        past = self._root(own_mask_RS) if past is None else past.of_rows(stage.parents, num_probes)
         decoder = self._transformer.get_decoder()
         decoder(**self._inputs(inputs, past), past_key_values=past.cache, use_cache=True)
         return Past(past.cache, torch.cat((past.mask_RS, own_mask_RS), dim=1))
+
+    def _root(self, mask_RS: Tensor) -> Past:
+        """What stands before a first stage of these rows: a trained prefix, or nothing."""
+        if not self._has_prefix:
+            return Past(DynamicCache(), mask_RS[:, :0])
+        assert isinstance(self.model, PeftModel)
+        prefix: Any = self.model.get_prompt(batch_size=len(mask_RS))
+        return Past(prefix, mask_RS.new_ones(len(mask_RS), self._prefix_tokens))
 
     def _read(
         self, past: Past | None, stage: Stage, sequences: Sequence[TokenSequence], num_probes: int, greedy: bool
@@ -698,7 +711,7 @@ class TorchEngine:
         if past is not None:
             past = past.of_rows(stage.parents, num_probes)
             cached = {"past_key_values": past.cache, "use_cache": True}
-        model = self.model if self._has_prefix else self._transformer
+        model = self.model if self._has_prefix and past is None else self._transformer
         with _LastHidden(self._transformer, row_Q, position_Q):
             logits = model(**self._inputs(inputs, past), **cached).logits
         assert logits.ndim == 2 or logits.shape[:2] == (1, len(row_Q)), "the head did not see the selected states"
@@ -710,7 +723,7 @@ class TorchEngine:
         taken = {"input_ids": inputs["input_ids"]}
         if past is not None:
             taken["attention_mask"] = torch.cat((past.mask_RS, inputs["attention_mask"]), dim=1)
-            taken["position_ids"] = inputs["position_ids"]
+            taken["position_ids"] = inputs["position_ids"] + self._prefix_tokens
         elif not self._is_decoder or self._has_prefix:
             taken["attention_mask"] = inputs["attention_mask"]
         # A decoder's rows are padded behind what is read, so without a past they need no mask, and attention no

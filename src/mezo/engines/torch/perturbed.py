@@ -112,11 +112,14 @@ class PerturbedForward(TorchFunctionMode):
         handler = _HANDLERS.get(func)
         if handler is not None:
             return handler(self, *args, **kwargs)
-        if func in _ACTIVATIONS and self._last_output is not None and self._last_output() is args[0]:
+        if func in _ACTIVATIONS and len(args) == 1 and args[0] is self._last_linear():
             kwargs = {"inplace": True}
         if self._num_probes > 1 and getattr(func, "__name__", "") in _PRODUCTS | _SUMS and len(args) == 2:
             return self._elementwise(func, *args, **kwargs)
         return func(*map(self._substitute, args), **{k: self._substitute(v) for k, v in kwargs.items()})
+
+    def _last_linear(self) -> Tensor | None:
+        return None if self._last_output is None else self._last_output()
 
     def _reads_values(self, func: Callable[..., Any]) -> bool:
         if getattr(func, "__name__", "") == "__get__":
