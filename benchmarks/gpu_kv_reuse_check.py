@@ -114,6 +114,7 @@ TORCH = {
     "LoRA, options of one prompt": OnTorch(OPTIONS),
     "LoRA, a common beginning": OnTorch(COMMON),
     "all parameters of the upper layers": OnTorch((16, 1, 0, 397, False), dense=True),
+    "upper layers, options of one prompt": OnTorch(OPTIONS, dense=True),
     "control: prompts of +ε under −ε": OnTorch(OPTIONS, ReuseAcrossSigns),
     "control: prompts of the first step": OnTorch(OPTIONS, ReuseAcrossSteps),
 }

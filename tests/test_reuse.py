@@ -92,6 +92,18 @@ quick = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCh
 TRAINED = {"lora": {}, "full": {"peft": False}, "prefix": {"prefix": True}}
 
 
+def tokens_of_a_probe(engine, examples):
+    """What `engine` computes where every stage that saves anything is formed."""
+    total, beginning = 0, ()
+    for group in engine._groups(examples, 64):
+        first, *others = shared_prefixes([examples[n] for n in group], 0, beginning)
+        total += sum(stage.num_tokens for stage in (first, *others))
+        if others and len(first.chunks) == 1:  # a beginning, as far as the pass before has not computed it
+            total -= common_prefix([beginning, first.chunks[0]])
+            beginning = first.chunks[0]
+    return total
+
+
 @pytest.mark.parametrize("trained", TRAINED)
 @pytest.mark.parametrize("name", DECODERS)
 def test_shared_prefixes(model_folder, name, trained):
@@ -105,15 +117,7 @@ def test_shared_prefixes(model_folder, name, trained):
         ours, expected = shared.losses(examples, probes), whole.losses(examples, probes)
         assert (ours - expected).abs().max() < TOLERANCE
         asked, computed = shared.work.asked - before[0], shared.work.computed - before[1]
-        groups = shared._groups(examples, 64)
-        expected_tokens, beginning = 0, ()
-        for group in groups:
-            first, *others = shared_prefixes([examples[n] for n in group], 0, beginning)
-            expected_tokens += sum(stage.num_tokens for stage in (first, *others))
-            if others and len(first.chunks) == 1:  # a beginning, as far as the pass before has not computed it
-                expected_tokens -= common_prefix([beginning, first.chunks[0]])
-                beginning = first.chunks[0]
-        assert computed == 2 * expected_tokens
+        assert computed == 2 * tokens_of_a_probe(shared, examples)
         assert asked == 2 * sum(e.num_tokens for e in examples) >= computed
 
     check()
@@ -269,17 +273,48 @@ def test_frozen_lower_layers(model_folder, name, peft, store_bytes):
     ]
     trained = list(engines[0].space.parameters)
     assert trained and not any("embed" in n or ".0." in n or "wte" in n or "lm_head" in n for n in trained)
+    seen = set()
+
+    def frozen_tokens(examples):
+        """Those of examples that were not seen before; what their rows begin with counts once."""
+        total = 0
+        for group in engines[0]._groups(examples, 64):
+            rows = {tuple(s.input_ids for s in e.sequences): e for n in group for e in [examples[n]]}
+            new = [e for key, e in rows.items() if key not in seen]
+            total += sum(stage.num_tokens for stage in shared_prefixes(new, 0)) if new else 0
+            seen.update(rows)
+        return total
 
     @quick
     @given(batches(), st.integers(0, 5))
     def check(examples, seed):
         probes = TwoPoint(seed, 1e-2).probes(0)
+        before = engines[0].work.computed
         ours, expected = (engine.losses(examples, probes) for engine in engines)
         assert (ours - expected).abs().max() < TOLERANCE
+        frozen, above = frozen_tokens(examples), 2 * tokens_of_a_probe(engines[0], examples)
+        computed = engines[0].work.computed - before  # a token that passes through one of two layers counts half
+        assert computed == (frozen + above) / 2 if store_bytes > 6_000 else computed >= above / 2
+        scores = [engine.score(examples) for engine in engines]
+        assert (scores[0].logprobs_T - scores[1].logprobs_T).abs().max() < TOLERANCE
+        assert torch.equal(scores[0].greedy_T, scores[1].greedy_T)
 
     check()
     assert engines[0].work.computed < engines[1].work.computed == engines[1].work.asked
     assert 0 < engines[0]._store.num_bytes <= store_bytes
+
+
+def test_options_of_a_prompt_lie_in_the_store_once(model_folder):
+    engine = engine_for(model_folder("llama"), share=True, peft=False, layers="last:1")
+    prompt = tuple(range(10, 20))
+    rows = tuple(TokenSequence((*prompt, 20 + o, 21 + o), (Target(10, 21 + o, o),)) for o in range(4))
+    losses = engine.losses([Example(rows, 1)], [Probe(1, 1e-2)])
+    hidden_size = engine.model.config.hidden_size
+    assert engine._store.num_bytes == 4 * hidden_size * (10 + 4 * 2)
+    assert engine.work.computed == 0.5 * 18 + 0.5 * 18  # the lower layer's, and the upper one's
+    again = engine.losses([Example(rows, 1)], [Probe(1, 1e-2)])
+    assert engine.work.computed == 0.5 * 18 + 2 * 0.5 * 18
+    assert torch.equal(losses, again)
 
 
 def test_activated_lora_in_the_last_layers(model_folder):

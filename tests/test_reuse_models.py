@@ -12,7 +12,8 @@ from mezo.adapter import add_adapter
 from mezo.config import MeZOConfig
 from mezo.engines.torch.engine import TorchEngine
 from mezo.engines.torch.graphs import Graphs
-from mezo.engines.torch.reuse import PADDED_CACHES, reach
+from mezo.engines.torch.layers import trainable_names
+from mezo.engines.torch.reuse import PADDED_CACHES, reach, shared_prefixes
 from mezo.errors import UserError
 from mezo.estimator import TwoPoint
 from mezo.objective import Example, Target, TokenSequence
@@ -93,6 +94,21 @@ def test_shared_prefixes(model_type, monkeypatch):
     expected, _ = losses(model, examples, False, monkeypatch)
     assert (found - expected).abs().max() < TOLERANCE
     assert work.computed < 0.7 * work.asked
+
+
+@pytest.mark.parametrize("model_type", CONFIGS)
+def test_shared_prefixes_above_frozen_layers(model_type, monkeypatch):
+    """Keys are kept of the upper layers only; masks and positions go by all of them."""
+    model, examples = make_model(model_type, CONFIGS[model_type]), make_examples((3, 9, 14))
+    names = set(trainable_names(model, "last:1"))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in names)
+    found, work = losses(model, examples, True, monkeypatch)
+    expected, _ = losses(model, examples, False, monkeypatch)
+    assert (found - expected).abs().max() < TOLERANCE
+    tokens = sum(stage.num_tokens for stage in shared_prefixes(examples, 0))
+    share = 1 / model.config.num_hidden_layers
+    assert work.computed == pytest.approx((1 - share) * tokens + share * 2 * tokens)
 
 
 @pytest.mark.parametrize("model_type", CONFIGS)

@@ -25,7 +25,7 @@ class Work:
 
     asked: int = 0  # of all rows under all probes
     computed: float = 0.0  # that went through the model; through a part of its layers: that part of a token
-    padding: int = 0  # positions computed besides
+    padding: float = 0  # positions computed besides
 
 
 class Engine(Protocol):

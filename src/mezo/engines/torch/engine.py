@@ -13,6 +13,7 @@ import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +22,6 @@ from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutput
 
@@ -38,7 +38,17 @@ from mezo.engines.torch.lora import BatchedLoRA
 from mezo.engines.torch.low_rank import LowRank
 from mezo.engines.torch.optimizer import Optimizer, load_state, save_state
 from mezo.engines.torch.perturbed import BATCHED_MODELS, PerturbedForward, Weights
-from mezo.engines.torch.reuse import Stage, TensorStore, cache_of_rows, reach, rows_of_cache, shared_prefixes
+from mezo.engines.torch.reuse import (
+    Stage,
+    TensorStore,
+    cache_of_rows,
+    cut_rows,
+    joined_rows,
+    prompt_length,
+    reach,
+    rows_of_cache,
+    shared_prefixes,
+)
 from mezo.engines.torch.space import ParameterSpace, tensors_digest
 from mezo.errors import EngineError, UserError, is_out_of_memory
 from mezo.estimator import UNPERTURBED, Probe, Record
@@ -419,7 +429,7 @@ class TorchEngine:
     @property
     def _shares_prefixes(self) -> bool:
         """Whether rows of a pass go on from a prompt that was computed once."""
-        return self._share and self._reach > 0 and self._frozen is None
+        return self._share and self._reach > 0
 
     def _common_beginning(self, examples: Sequence[Example]) -> int:
         """Tokens of all rows that each pass over some of them may compute once."""
@@ -501,48 +511,49 @@ class TorchEngine:
         sequences = [s for e in examples for s in e.sequences]
         if any(s.adapter_start for s in sequences):
             return self._scores_activated(sequences, probes, greedy)
-        stages = [Stage([s.input_ids for s in sequences], list(range(len(sequences))), [0] * len(sequences))]
-        if self._shares_prefixes:
-            if self._beginning is not None and self._beginning.probes != tuple(probes):
-                self._beginning = None
-            ready = () if self._beginning is None else self._beginning.tokens
-            cut = shared_prefixes(examples, self._cost_of_pass(len(probes)), ready)
-            if self._prefix_tokens + sum(max(map(len, stage.chunks)) for stage in cut) <= self._reach:
-                stages = cut
-        hidden_RSD = None if self._frozen is None else self._hidden_states(self._frozen, sequences)
-        share = 1.0 if self._frozen is None else 1.0 - self._frozen.share
+        if self._beginning is not None and self._beginning.probes != tuple(probes):
+            self._beginning = None
+        ready = () if self._beginning is None else self._beginning.tokens
+        stages = self._stages(examples, len(probes), ready)
+        if self._frozen is not None:
+            stages = self._above(self._frozen, self._hidden_states(self._frozen, examples), stages)
         if len(stages) == 1 and not greedy and self._is_static(stages[0], probes):
-            self.work.computed += share * len(probes) * stages[0].num_tokens
-            return self._read_static(stages[0], sequences, probes, greedy, hidden_RSD=hidden_RSD)
-        known, padding = self._num_known, self.work.padding
+            return self._read_static(stages[0], sequences, probes, greedy)
+        known, before = self._num_known, (self.work.computed, self.work.padding)
         past: Past | None = None
-        perturbed, reused = self._perturbed(probes), 0
-        with perturbed as inside, self._above(hidden_RSD, len(probes)):
+        with self._perturbed(probes) as inside:
             for stage in stages[:-1]:
-                if past is None and len(stage.chunks) == 1:
-                    past, reused = self._begin(stage.chunks[0], probes)
-                else:
-                    past = self._extend(past, stage, len(probes))
+                begins = past is None and len(stage.chunks) == 1
+                past = self._begin(stage, probes) if begins else self._extend(past, stage, len(probes))
             scores = self._read(past, stages[-1], sequences, len(probes), greedy)
         if self._num_known != known:  # the bits of a pass must not depend on those before
-            self.work.padding, self._beginning = padding, None
+            (self.work.computed, self.work.padding), self._beginning = before, None
             return self._scores(examples, probes, greedy=greedy)
         reader = inside.weights if isinstance(inside, PerturbedForward) else self._lora
         if any(p.scale != 0.0 for p in probes) and reader is not None and not self._checked_reads:
             self._report_unread(reader.read_names)
-        self.work.computed += share * len(probes) * (sum(stage.num_tokens for stage in stages) - reused)
         return scores
 
-    def _begin(self, tokens: tuple[int, ...], probes: Sequence[Probe]) -> tuple[Past, int]:
-        """Keys and values of the tokens that all rows of a pass begin with, and how many the pass before computed."""
-        kept = self._beginning
+    def _stages(self, examples: Sequence[Example], num_probes: int, known: tuple[int, ...] = ()) -> list[Stage]:
+        """A pass over the examples, cut where that computes less; see `shared_prefixes`."""
+        rows = [s.input_ids for e in examples for s in e.sequences]
+        whole = [Stage(rows, list(range(len(rows))), [0] * len(rows))]
+        if not self._shares_prefixes:
+            return whole
+        cut = shared_prefixes(examples, self._cost_of_pass(num_probes), known)
+        places = self._prefix_tokens + sum(max(map(len, stage.chunks)) for stage in cut)
+        return cut if places <= self._reach else whole
+
+    def _begin(self, stage: Stage, probes: Sequence[Probe]) -> Past:
+        """Keys and values of the tokens that all rows of a pass begin with, from those of the pass before."""
+        (tokens,), kept = stage.chunks, self._beginning
         start = 0 if kept is None else common_prefix([kept.tokens, tokens])
         past = kept.cut(start) if kept is not None and start else None
         if past is None or start < len(tokens):
-            past = self._extend(past, Stage([tokens[start:]], [0], [start]), len(probes))
+            past = self._extend(past, stage.after(start), len(probes))
         layers = [(layer.keys, layer.values) for layer in past.cache.layers]
         self._beginning = _Beginning(tuple(probes), tokens, layers)
-        return past, start
+        return past
 
     def _scores_activated(
         self, sequences: Sequence[TokenSequence], probes: Sequence[Probe], greedy: bool
@@ -559,7 +570,6 @@ class TorchEngine:
             )
         prefixes = self._prompts(sequences)
         stage = Stage(chunks, list(range(len(sequences))), starts)
-        self.work.computed += len(probes) * stage.num_tokens
         if self._graphs is not None and self._share:
             return self._read_static(stage, sequences, probes, greedy, prefixes)
         past = Past(*cache_of_rows(prefixes, len(probes), self.model.device))
@@ -587,7 +597,6 @@ class TorchEngine:
         probes: Sequence[Probe],
         greedy: bool,
         prefixes: Sequence[Tensor] = (),
-        hidden_RSD: Tensor | None = None,
     ) -> list[TargetScores]:
         """As `_read`, on static tensors, so that a CUDA graph can replay it."""
         assert self._graphs is not None
@@ -598,9 +607,9 @@ class TorchEngine:
         sizes = (num_rows, tokens, positions, num_reads, num_targets)
         moved = not isinstance(self._perturbed(probes), nullcontext)  # writes the parameters, which no graph must hold
         shape = Shape.of(len(probes), is_paired(probes), moved, *sizes, greedy)
-        self.work.padding += len(probes) * (shape.rows * shape.tokens - stage.num_tokens)
-        static = self._graphs.inputs(shape, prefixes[0] if prefixes else None, hidden_RSD)
-        static.fill(rows, reads, self._pad, prefixes, hidden_RSD)
+        self._count(stage, len(probes), shape.rows * shape.tokens - stage.num_tokens)
+        static = self._graphs.inputs(shape, prefixes[0] if prefixes else None, stage.hidden_RSD)
+        static.fill(rows, reads, self._pad, prefixes, stage.hidden_RSD)
         deferred = None if self._keys is None else self._keys.deferred
         is_causal = not prefixes and shape.tokens <= self._reach
 
@@ -611,7 +620,7 @@ class TorchEngine:
             row_Q, position_Q = static.reads.places(len(probes), shape.rows)
             attention = unmasked_attention(self._transformer) if is_causal else nullcontext()
             last = _LastHidden(self._transformer, row_Q, position_Q)
-            with self._perturbed(probes) as inside, self._above(static.hidden_RSD, len(probes)), last, attention:
+            with self._perturbed(probes) as inside, self._skipping(static.hidden_RSD, len(probes)), last, attention:
                 logits = self._transformer(**arguments).logits
             if deferred is not None:
                 weights = inside.weights if isinstance(inside, PerturbedForward) else None
@@ -651,7 +660,6 @@ class TorchEngine:
             with self.model.disable_adapter():
                 for stage in (*beginning, rest):
                     past = self._extend(past, stage, 1)
-                    self.work.computed += stage.num_tokens
             assert past is not None
             for key, prefix in zip(keys, rows_of_cache(past.cache, list(map(len, keys))), strict=True):
                 found[key] = prefix
@@ -660,66 +668,101 @@ class TorchEngine:
         found[()] = some[:, :, :, :0]
         return [found[key] for key in wanted]
 
-    def _above(self, hidden_RSD: Tensor | None, num_probes: int) -> AbstractContextManager[object]:
+    def _hidden_states(self, frozen: FrozenLayers, examples: Sequence[Example]) -> list[Tensor]:
+        """What frozen layers hand on, [S, D] of each row, from the store or computed once.
+
+        The store keeps an example's together: of the tokens that its rows begin with, and of what follows in each.
+        """
+        keys = [tuple(s.input_ids for s in e.sequences) for e in examples]
+        begun = [prompt_length(e) if self._shares_prefixes and len(e.sequences) > 1 else 0 for e in examples]
+        found = {key: kept for key in set(keys) if (kept := self._store.get(key)) is not None}
+        missing = {key: n for n, key in enumerate(keys) if key not in found}
+        if missing:
+            computed = iter(self._frozen_rows(frozen, [examples[n] for n in missing.values()]))
+            for key, n in missing.items():
+                rows = [next(computed) for _ in key]
+                found[key] = torch.cat((rows[0][: begun[n]], *(row_SD[begun[n] :] for row_SD in rows)))
+                self._store.put(key, found[key])
+        rows = []
+        for key, start in zip(keys, begun, strict=True):
+            first_SD, *rests = found[key].to(self.model.device).split([start, *(len(ids) - start for ids in key)])
+            rows += [torch.cat((first_SD, rest_SD)) for rest_SD in rests] if start else rests
+        return rows
+
+    def _frozen_rows(self, frozen: FrozenLayers, examples: Sequence[Example]) -> list[Tensor]:
+        """The same, computed."""
+        stages = [replace(stage, share=frozen.share) for stage in self._stages(examples, 1)]
+        past: Past | None = None
+        with frozen.alone() as hidden:
+            for stage in stages[:-1]:
+                past = self._extend(past, stage, 1)
+            self._transformer.base_model(**self._arguments(past, stages[-1], 1))
+        return joined_rows(stages, hidden)
+
+    def _above(self, frozen: FrozenLayers, rows: Sequence[Tensor], stages: Sequence[Stage]) -> list[Stage]:
+        """The stages with what frozen layers hand on to them."""
+        hidden = cut_rows(stages, rows)
+        share = 1.0 - frozen.share
+        return [replace(s, hidden_RSD=h, share=share) for s, h in zip(stages, hidden, strict=True)]
+
+    def _skipping(
+        self, hidden_RSD: Tensor | None, num_probes: int, cache: DynamicCache | None = None
+    ) -> AbstractContextManager[object]:
         """A context in which a pass takes a probe's hidden states for the frozen layers' output, if there are any."""
         if self._frozen is None or hidden_RSD is None:
             return nullcontext()
-        return self._frozen.skipped(hidden_RSD.repeat(num_probes, 1, 1))
-
-    def _hidden_states(self, frozen: FrozenLayers, sequences: Sequence[TokenSequence]) -> Tensor:
-        """What frozen layers hand on, [R, S, D], from the store or computed once."""
-        rows = [s.input_ids for s in sequences]
-        found = {key: kept for key in set(rows) if (kept := self._store.get(key)) is not None}
-        missing = sorted(set(rows) - set(found), key=len)
-        if missing:
-            stage = Stage(missing, list(range(len(missing))), [0] * len(missing))
-            inputs = Padded.of(stage, self._pad).inputs(1, self.model.device)
-            hidden_RSD = frozen.hidden_states(self._inputs(inputs, None))
-            for key, states_SD in zip(missing, hidden_RSD, strict=True):
-                found[key] = states_SD[: len(key)]
-                self._store.put(key, found[key])
-            self.work.computed += frozen.share * stage.num_tokens
-        return pad_sequence([found[key].to(self.model.device) for key in rows], batch_first=True)
+        return self._frozen.skipped(hidden_RSD.repeat(num_probes, 1, 1), cache)
 
     def _extend(self, past: Past | None, stage: Stage, num_probes: int) -> Past:
         """Keys and values of one more stage."""
-        inputs = Padded.of(stage, self._pad).inputs(num_probes, self.model.device)
-        self.work.padding += num_probes * stage.num_padding
-        own_mask_RS = inputs["attention_mask"]
-        past = self._root(own_mask_RS) if past is None else past.of_rows(stage.parents, num_probes)
+        if past is None:
+            past = self._root(num_probes * len(stage.chunks))
+            stage = replace(stage, parents=list(range(len(stage.chunks))))
         decoder = self._transformer.get_decoder()
-        decoder(**self._inputs(inputs, past), past_key_values=past.cache, use_cache=True)
-        return Past(past.cache, torch.cat((past.mask_RS, own_mask_RS), dim=1))
+        arguments = self._arguments(past, stage, num_probes)
+        with self._skipping(stage.hidden_RSD, num_probes, arguments["past_key_values"]):
+            decoder(**arguments)
+        return Past(arguments["past_key_values"], arguments["attention_mask"])
 
-    def _root(self, mask_RS: Tensor) -> Past:
-        """What stands before a first stage of these rows: a trained prefix, or nothing."""
+    def _root(self, num_rows: int) -> Past:
+        """What stands before a first stage: a trained prefix, or nothing."""
+        mask_RS = torch.ones(num_rows, self._prefix_tokens, dtype=torch.long, device=self.model.device)
         if not self._has_prefix:
-            return Past(DynamicCache(), mask_RS[:, :0])
+            return Past(DynamicCache(), mask_RS)
         assert isinstance(self.model, PeftModel)
-        prefix: Any = self.model.get_prompt(batch_size=len(mask_RS))
-        return Past(prefix, mask_RS.new_ones(len(mask_RS), self._prefix_tokens))
+        prefix: Any = self.model.get_prompt(batch_size=num_rows)
+        return Past(prefix, mask_RS)
 
     def _read(
         self, past: Past | None, stage: Stage, sequences: Sequence[TokenSequence], num_probes: int, greedy: bool
     ) -> list[TargetScores]:
         """The last stage, and the log-probabilities of its targets under each probe."""
-        self.work.padding += num_probes * stage.num_padding
-        inputs = Padded.of(stage, self._pad).inputs(num_probes, self.model.device)
         reads = Reads.of(stage, sequences).to(self.model.device)
         row_Q, position_Q = reads.places(num_probes, len(sequences))
-        cached: dict[str, object] = {"use_cache": False} if "use_cache" in self._accepted else {}
-        if past is not None:
-            past = past.of_rows(stage.parents, num_probes)
-            cached = {"past_key_values": past.cache, "use_cache": True}
+        arguments = self._arguments(past, stage, num_probes)
         model = self.model if self._has_prefix and past is None else self._transformer
-        with _LastHidden(self._transformer, row_Q, position_Q):
-            logits = model(**self._inputs(inputs, past), **cached).logits
+        above = self._skipping(stage.hidden_RSD, num_probes, arguments.get("past_key_values"))
+        with above, _LastHidden(self._transformer, row_Q, position_Q):
+            logits = model(**arguments).logits
         assert logits.ndim == 2 or logits.shape[:2] == (1, len(row_Q)), "the head did not see the selected states"
         logits_QV = logits[row_Q] if logits.ndim == 2 else logits[0]
         return target_scores(reads.scores(logits_QV, num_probes, greedy=greedy), len(reads.token_T))
 
+    def _arguments(self, past: Past | None, stage: Stage, num_probes: int) -> dict[str, Any]:
+        """What the model takes of a stage; its work is counted."""
+        self._count(stage, num_probes, stage.num_padding)
+        inputs = Padded.of(stage, self._pad).inputs(num_probes, self.model.device)
+        if past is None:
+            return self._inputs(inputs, None) | ({"use_cache": False} if "use_cache" in self._accepted else {})
+        past = past.of_rows(stage.parents, num_probes)
+        return self._inputs(inputs, past) | {"past_key_values": past.cache, "use_cache": True}
+
+    def _count(self, stage: Stage, num_probes: int, padding: int) -> None:
+        self.work.computed += num_probes * stage.share * stage.num_tokens
+        self.work.padding += num_probes * stage.share * padding
+
     def _inputs(self, inputs: dict[str, Tensor], past: Past | None) -> dict[str, Tensor]:
-        """What the model takes of a stage. Positions go with a past only, which may hold padding in the middle."""
+        """The same, as tensors. Positions go with a past only, which may hold padding in the middle."""
         taken = {"input_ids": inputs["input_ids"]}
         if past is not None:
             taken["attention_mask"] = torch.cat((past.mask_RS, inputs["attention_mask"]), dim=1)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from mezo.errors import UserError
 
@@ -107,8 +107,13 @@ class FrozenLayers:
         """Share of all layers."""
         return self.count / len(self.layers)
 
-    def hidden_states(self, inputs: dict[str, Any]) -> Tensor:
-        """What enters the first trained layer, [R, S, D]."""
+    @contextmanager
+    def alone(self) -> Iterator[list[Tensor]]:
+        """A context in which forward passes end below the first trained layer.
+
+        Yields:
+            What enters that layer, [R, S, D] of each pass.
+        """
         captured: list[Tensor] = []
 
         def note_type(module: nn.Module, args: Any, output: Any) -> None:
@@ -118,24 +123,37 @@ class FrozenLayers:
             captured.append(hidden_RSD)
             return self._wrapped(hidden_RSD)
 
+        def identity(hidden_RSD: Tensor, *args: Any, **kwargs: Any) -> Any:
+            return self._wrapped(hidden_RSD)
+
         with ExitStack() as stack:
             handle = self.layers[0].register_forward_hook(note_type)
             stack.callback(handle.remove)
-            for layer in self.layers[self.count :]:
-                stack.enter_context(_Forward(layer, capture))
-            self.model.base_model(**inputs)
-        return captured[0]
+            stack.enter_context(_Forward(self.layers[self.count], capture))
+            for layer in self.layers[self.count + 1 :]:
+                stack.enter_context(_Forward(layer, identity))
+            yield captured
 
-    def skipped(self, hidden_RSD: Tensor) -> ExitStack:
-        """A context in which a forward pass takes these hidden states for the frozen layers' output."""
-        stack = ExitStack()
+    @contextmanager
+    def skipped(self, hidden_RSD: Tensor, cache: Cache | None) -> Iterator[None]:
+        """A context in which a forward pass takes these hidden states for the frozen layers' output.
+
+        Args:
+            hidden_RSD: the rows of the pass, those of each probe.
+            cache: the pass's own, if any, whose lower layers are then as long as those above.
+        """
 
         def identity(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
             return self._wrapped(hidden_RSD)
 
-        for layer in self.layers[: self.count]:
-            stack.enter_context(_Forward(layer, identity))
-        return stack
+        with ExitStack() as stack:
+            for layer in self.layers[: self.count]:
+                stack.enter_context(_Forward(layer, identity))
+            yield
+        if cache is not None:  # masks and places go by the length of the lowest layer's keys
+            rows, places, _ = hidden_RSD.shape
+            for number in range(self.count):
+                cache.update(*[hidden_RSD.new_zeros(rows, 1, places, 1)] * 2, number)
 
     def _wrapped(self, hidden: Tensor) -> Any:
         return (hidden,) if self._returns_tuple else hidden

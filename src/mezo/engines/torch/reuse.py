@@ -9,10 +9,11 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PretrainedConfig
 
 from mezo.objective import Example, common_prefix
@@ -85,6 +86,8 @@ class Stage:
     chunks: list[tuple[int, ...]]
     parents: list[int]
     starts: list[int]  # position of each chunk's first token
+    hidden_RSD: Tensor | None = None  # what frozen layers hand on, where the pass starts above them
+    share: float = 1.0  # of all layers that it passes through
 
     @property
     def num_tokens(self) -> int:
@@ -95,6 +98,17 @@ class Stage:
     def num_padding(self) -> int:
         """Positions that the pass computes besides."""
         return len(self.chunks) * max(map(len, self.chunks)) - self.num_tokens
+
+    def after(self, done: int) -> Stage:
+        """Without the first tokens of each row."""
+        hidden_RSD = None if self.hidden_RSD is None else self.hidden_RSD[:, done:]
+        chunks, starts = [chunk[done:] for chunk in self.chunks], [start + done for start in self.starts]
+        return replace(self, chunks=chunks, starts=starts, hidden_RSD=hidden_RSD)
+
+
+def prompt_length(example: Example) -> int:
+    """Tokens that all rows of an example begin with and none of which is read."""
+    return common_prefix([s.input_ids[: s.read_start] for s in example.sequences])
 
 
 def shared_prefixes(examples: Sequence[Example], pass_cost: int, known: tuple[int, ...] = ()) -> list[Stage]:
@@ -109,7 +123,7 @@ def shared_prefixes(examples: Sequence[Example], pass_cost: int, known: tuple[in
     """
     sequences = [s for e in examples for s in e.sequences]
     owners = [n for n, e in enumerate(examples) for _ in e.sequences]
-    own = [common_prefix([s.input_ids[: s.read_start] for s in e.sequences]) for e in examples]
+    own = [prompt_length(e) for e in examples]
     prompts = [e.sequences[0].input_ids[:length] for e, length in zip(examples, own, strict=True)]
 
     def saved_by_grouping(common: int) -> int:
@@ -131,6 +145,37 @@ def shared_prefixes(examples: Sequence[Example], pass_cost: int, known: tuple[in
     parents = owners if grouped else [0] * len(sequences)
     chunks = [s.input_ids[start:] for s, start in zip(sequences, starts, strict=True)]
     return [*stages, Stage(chunks, parents, starts)]
+
+
+def _lines(stages: Sequence[Stage]) -> list[list[int]]:
+    """For each stage, which of its rows each row of the last stage goes on from."""
+    found = [list(range(len(stages[-1].chunks)))]
+    for stage in reversed(stages[1:]):
+        found.insert(0, [stage.parents[row] for row in found[0]])
+    return found
+
+
+def cut_rows(stages: Sequence[Stage], rows: Sequence[Tensor]) -> list[Tensor]:
+    """The hidden states [R, S, D] of each stage, from those of whole rows [S, D]; padded on the right."""
+    return [
+        pad_sequence(
+            [
+                rows[line.index(row)][start : start + len(chunk)]
+                for row, (chunk, start) in enumerate(zip(stage.chunks, stage.starts, strict=True))
+            ],
+            batch_first=True,
+        )
+        for stage, line in zip(stages, _lines(stages), strict=True)
+    ]
+
+
+def joined_rows(stages: Sequence[Stage], hidden: Sequence[Tensor]) -> list[Tensor]:
+    """Whole rows [S, D] from the hidden states [R, S, D] of each stage."""
+    parts = list(zip(stages, _lines(stages), hidden, strict=True))
+    return [
+        torch.cat([hidden_RSD[line[row], : len(stage.chunks[line[row]])] for stage, line, hidden_RSD in parts])
+        for row in range(len(stages[-1].chunks))
+    ]
 
 
 def cache_of_rows(prefixes: Sequence[Tensor], num_probes: int, device: torch.device) -> tuple[DynamicCache, Tensor]:
