@@ -56,6 +56,19 @@ def test_static_pass(model_folder, name, kind):
     assert (static._frozen is not None) == ("last layer" in kind)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["opt", "bert"])
+def test_the_first_pass_has_the_bits_of_later_ones(model_folder, name, kind):
+    """A run that goes on from its journal takes the steps that it would have taken."""
+    engine, examples = engine_for(model_folder(name), name, KINDS[kind])
+    as_on_gpu(engine)
+    probes = TwoPoint(7, 0.05).probes(0)
+    first, second = (engine.losses(examples[:5], probes) for _ in range(2))
+    assert torch.equal(first, second)
+    assert all(kept.calls == 2 for kept in engine._graphs._kept.values()) and engine._graphs._kept
+    assert engine.work.computed <= engine.work.asked
+
+
 def test_more_probes_than_copies(model_folder, monkeypatch):
     """Copies of as many probes as the memory holds, one group after the other."""
     static, examples = engine_for(model_folder("bert"), "bert", {})

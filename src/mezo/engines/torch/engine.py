@@ -517,7 +517,8 @@ class TorchEngine:
         stages = self._stages(examples, len(probes), ready)
         if self._frozen is not None:
             stages = self._above(self._frozen, self._hidden_states(self._frozen, examples), stages)
-        if len(stages) == 1 and not greedy and self._is_static(stages[0], probes):
+        is_whole = len(stages) == 1 and not greedy
+        if is_whole and self._is_static(stages[0], probes):
             return self._read_static(stages[0], sequences, probes, greedy)
         known, before = self._num_known, (self.work.computed, self.work.padding)
         past: Past | None = None
@@ -526,12 +527,14 @@ class TorchEngine:
                 begins = past is None and len(stage.chunks) == 1
                 past = self._begin(stage, probes) if begins else self._extend(past, stage, len(probes))
             scores = self._read(past, stages[-1], sequences, len(probes), greedy)
-        if self._num_known != known:  # the bits of a pass must not depend on those before
-            (self.work.computed, self.work.padding), self._beginning = before, None
-            return self._scores(examples, probes, greedy=greedy)
+        has_learned = self._num_known != known
         reader = inside.weights if isinstance(inside, PerturbedForward) else self._lora
         if any(p.scale != 0.0 for p in probes) and reader is not None and not self._checked_reads:
             self._report_unread(reader.read_names)
+            has_learned |= is_whole and self._is_static(stages[0], probes)
+        if has_learned:  # the bits of a pass must not depend on those before
+            (self.work.computed, self.work.padding), self._beginning = before, None
+            return self._scores(examples, probes, greedy=greedy)
         return scores
 
     def _stages(self, examples: Sequence[Example], num_probes: int, known: tuple[int, ...] = ()) -> list[Stage]:
