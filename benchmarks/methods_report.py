@@ -7,7 +7,7 @@ Curves are those of each method at the learning rate that its held-out rows chos
 smallest and the largest as a band. A curve reaches an accuracy where two evaluations in a row have it, since the best
 of twenty noisy ones has it too early. Seconds are steps times what a step takes with nothing beside it, evaluations not
 counted, on the device that the file has last of plain MeZO; those of a method that was timed beside plain MeZO on
-another device are scaled by plain MeZO's.
+another device or at another commit are scaled by plain MeZO's.
 """
 
 import argparse
@@ -41,7 +41,7 @@ class Finals(NamedTuple):
     """The runs of a method on a task at its best rate."""
 
     curves: list[list[Row]]  # one a seed
-    step_seconds: float  # with nothing beside it; nan where this was not measured on a device with plain MeZO
+    step_seconds: float  # with nothing beside it; nan where this was not measured beside plain MeZO
 
     def ends(self) -> list[float]:
         """Last accuracies in percent, ascending."""
@@ -81,13 +81,13 @@ def finals(found: list[Row]) -> dict[str, dict[str, Finals]]:
 def _step_seconds(found: list[Row], task: str, method: str) -> float:
     ours, plain = (
         {
-            row["device"]: float(row["milliseconds_per_step"]) / 1e3
+            (row["device"], row["commit"]): float(row["milliseconds_per_step"]) / 1e3
             for row in found
             if (row["phase"], row["task"], row["method"]) == ("time", task, name) and row["step"] != "0"
         }
         for name in (method, "mezo")
     )
-    beside = [device for device in plain or ours if device in ours]
+    beside = [run for run in plain or ours if run in ours]
     if not beside:
         return math.nan
     scale = [*plain.values()][-1] / plain[beside[-1]] if plain else 1.0
