@@ -312,8 +312,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "reused {reused_percent} %, moved {moved}".format(**row),
             flush=True,
         )
-    if options.output:
-        write(options.output, rows)
+        if options.output:  # after each, so that a time limit leaves what was measured
+            write(options.output, rows)
     return int(any(row["result"] == "FAIL" for row in rows))
 
 

@@ -12,5 +12,5 @@ failed=0
 python3 benchmarks/gpu_check.py --output "$out/gpu_check.csv" || failed=1
 python3 benchmarks/gpu_kv_reuse.py torch --output "$out/gpu_kv_reuse_torch.csv" || failed=1
 timeout 45 python3 benchmarks/gpu_profile.py --output "$out/gpu_profile.csv" || failed=1
-timeout 345 python3 benchmarks/gpu_step.py --repeats 5 --output "$out/gpu_step.csv" || failed=1
+timeout 400 python3 benchmarks/gpu_step.py --repeats 5 --output "$out/gpu_step.csv" || failed=1
 exit $failed
