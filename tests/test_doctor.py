@@ -16,6 +16,7 @@ from mezo import build_trainer, callbacks, journal
 from mezo.callbacks import DoctorCallback
 from mezo.config import MeZOConfig
 from mezo.doctor import diagnose, read_run, urgent, while_training
+from mezo.doctor.losses import differences
 from mezo.errors import NonFiniteLossError, UserError
 from mezo.estimator import Record
 from tests.conftest import SENTIMENT_ROWS
@@ -550,6 +551,16 @@ def test_real_run_with_epsilon_below_rounding(train):
     assert "First what is said of projected_grad" in only(findings, "convergence", "warning").advice
     assert len(warned) == 1  # though forty entries show it
     assert "--epsilon 0.001" in warned[0]
+
+
+def test_some_losses_alike_among_rounded_ones():
+    """How many are exactly alike depends on a CPU's order of summing; what is left of the others tells."""
+    config, plus_R = MeZOConfig(model_name_or_path="m", epsilon=1e-9), np.full(40, 4.0)
+    for apart, severity in ((1e-7, "problem"), (1e-2, "warning")):
+        minus_R = plus_R - apart * (np.arange(40) % 10 > 0)
+        (found,) = differences(config, 1e-3, "float32", plus_R, minus_R)
+        assert (found.severity, found.advice) == (severity, "--epsilon 0.001")
+        assert "exactly 0 in 10 %" in found.evidence
 
 
 def test_real_run_with_too_low_a_rate(train):

@@ -52,7 +52,7 @@ def rows_for(job, points, end=""):
     return [
         {**job._asdict(), "budget": 4000, "step": forwards // 2, "forwards": forwards, "seconds": 1.0,
          "milliseconds_per_step": 10.0, "held_out_accuracy": 0.5, "held_out_loss": loss, "accuracy": accuracy,
-         "loss": loss, "end": end, "wall_seconds": 5.0, "device": "a GPU"}
+         "loss": loss, "end": end, "wall_seconds": 5.0, "device": "a GPU", "commit": "a commit"}
         for forwards, accuracy, loss in points
     ]  # fmt: skip
 
@@ -231,9 +231,9 @@ def test_report_by_hand(tmp_path):
     time_job = Job("minilm-mlm/sst2", "lozo, adam", 1e-5, 0, "time")
     found += [{name: str(value) for name, value in row.items()} for row in rows_for(time_job, [(80, 0.5, 0.7)])]
     assert methods_report.finals(found)["minilm-mlm/sst2"]["lozo, adam"].step_seconds == 0.01
-    # Plain MeZO was timed beside it, 20 ms a step, and later on a device that is twice as fast.
-    for device, milliseconds in (("a GPU", "20.0"), ("another", "10.0")):
-        found.append({**found[-1], "method": "mezo", "device": device, "milliseconds_per_step": milliseconds})
+    # Plain MeZO was timed beside it, 20 ms a step, and later, when it was twice as fast.
+    for commit, milliseconds in (("a commit", "20.0"), ("another", "10.0")):
+        found.append({**found[-1], "method": "mezo", "commit": commit, "milliseconds_per_step": milliseconds})
     methods_of_task = methods_report.finals(found)["minilm-mlm/sst2"]
     assert methods_of_task["mezo"].ends() == pytest.approx([80, 81, 82])
     # The three seeds get there at 1,000, 3,000 and 2,000 passes, which are half as many steps of 5 ms.

@@ -46,8 +46,9 @@ def differences(config: MeZOConfig, usual_epsilon: float, dtype: str, plus_R: Fl
         return []
     larger = f"--epsilon {short(usual_epsilon if config.epsilon < usual_epsilon else 10 * config.epsilon)}"
     zeros = float((apart_R == 0).mean())
+    rounding = _rounding(dtype, config.batch_size, float(np.median(apart_R)), level, larger)
     if zeros < 0.05:
-        return [_rounding(dtype, config.batch_size, float(np.median(apart_R)), level, larger)]
+        return [rounding]
     why, advice = f"epsilon {config.epsilon:g} is below rounding", larger
     if config.objective != "loss":  # counts of right answers, or rewards of texts: steps without a gradient
         why = f"both sides come to the same {config.objective}"
@@ -59,7 +60,8 @@ def differences(config: MeZOConfig, usual_epsilon: float, dtype: str, plus_R: Fl
     evidence = (
         f"projected_grad is exactly 0 in {100 * zeros:.0f} % of directions at a loss of {level:.4g}{same}: {why}."
     )
-    return [Finding("problem" if zeros >= 0.5 else "warning", "numbers", evidence, advice)]
+    is_grave = zeros >= 0.5 or (config.objective == "loss" and rounding.severity == "problem")
+    return [Finding("problem" if is_grave else "warning", "numbers", evidence, advice)]
 
 
 def _rounding(dtype: str, batch_size: int, apart: float, level: float, larger: str) -> Finding:
