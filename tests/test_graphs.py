@@ -69,6 +69,18 @@ def test_the_first_pass_has_the_bits_of_later_ones(model_folder, name, kind):
     assert engine.work.computed <= engine.work.asked
 
 
+@pytest.mark.parametrize("name", ["bert", "roberta"])
+def test_a_trained_prefix_before_an_encoder(model_folder, name):
+    """All probes in one traversal, against one after the other."""
+    values = {"use_peft": True, "peft_type": "prefix_tuning", "num_virtual_tokens": 3}
+    engine, examples = engine_for(model_folder(name), name, values)
+    apart, _ = engine_for(model_folder(name), name, {**values, "enable_kv_cache_optimization": False})
+    probes = TwoPoint(7, 0.5, 2).probes(0)
+    assert list(map(len, engine._together(probes))) == [4] and len(apart._together(probes)) == 4
+    found, expected = (e.losses(examples, probes) for e in (engine, apart))
+    assert (found - expected).abs().max() < TOLERANCE < (found[0] - found[1]).abs().max()
+
+
 def test_more_probes_than_copies(model_folder, monkeypatch):
     """Copies of as many probes as the memory holds, one group after the other."""
     static, examples = engine_for(model_folder("bert"), "bert", {})

@@ -97,6 +97,20 @@ def test_shared_prefixes(model_type, monkeypatch):
 
 
 @pytest.mark.parametrize("model_type", CONFIGS)
+def test_probes_of_a_trained_prefix_in_one_traversal(model_type):
+    config = MeZOConfig(model_name_or_path="", use_peft=True, peft_type="prefix_tuning", num_virtual_tokens=3)
+    model = add_adapter(make_model(model_type, CONFIGS[model_type]), config, "causal_lm")
+    together, apart = (TorchEngine(copy.deepcopy(model), NoTokenizer(), share=share) for share in (True, False))
+    passes = []
+    together._transformer.register_forward_hook(lambda *_: passes.append(None))
+    probes, examples = TwoPoint(0, 1e-1, 3).probes(0), make_examples((3, 9, 14))
+    found, expected = (engine.losses(examples, probes) for engine in (together, apart))
+    assert len(passes) == 1 and found.shape == (6, 3)
+    assert (found - expected).abs().max() < TOLERANCE
+    assert (found[0] - found[1]).abs().max() > 100 * TOLERANCE < (found[0] - found[2]).abs().max()
+
+
+@pytest.mark.parametrize("model_type", CONFIGS)
 def test_shared_prefixes_above_frozen_layers(model_type, monkeypatch):
     """Keys are kept of the upper layers only; masks and positions go by all of them."""
     model, examples = make_model(model_type, CONFIGS[model_type]), make_examples((3, 9, 14))

@@ -364,9 +364,9 @@ class TorchEngine:
 
     def _together(self, probes: Sequence[Probe]) -> list[Sequence[Probe]]:
         """Which probes go through the model in one traversal: all, where its layers can tell their rows apart."""
-        known = self._lora is not None or (
-            not isinstance(self.model, PeftModel) and self.model.config.model_type in BATCHED_MODELS
-        )
+        # A prefix is read by one embedding; the model behind it has no trained parameters.
+        known = self._lora is not None or self._has_prefix
+        known |= not isinstance(self.model, PeftModel) and self.model.config.model_type in BATCHED_MODELS
         if not known or not self._share:
             return [[probe] for probe in probes]
         most = len(probes) if self._copies is None else _COPY_BYTES // (4 * self.space.num_parameters())
@@ -453,9 +453,9 @@ class TorchEngine:
     def _most_tokens_of(self, num_probes: int, shapes: Sequence[tuple[int, int]]) -> float:
         """Rows × longest row with which several probes take no more memory than one on all rows, if they fill the GPU.
 
-        Not where the weights are formed anew in each pass.
+        Not where the model's weights are formed anew in each pass.
         """
-        if self._graphs is None or self._forms_weights:
+        if self._graphs is None or (self._forms_weights and not self._has_prefix):
             return math.inf
         tokens = sum(rows for rows, _ in shapes) * max(longest for _, longest in shapes)
         filling = max(_FILLING_TOKENS, _FILLING_FLOPS / self._pass_flops)
