@@ -20,7 +20,7 @@ from mezo.engines.torch.engine import TorchEngine
 from mezo.engines.torch.graphs import Graphs
 from mezo.engines.torch.layers import trainable_names
 from mezo.engines.torch.loading import load_model, load_model_config, load_tokenizer
-from mezo.engines.torch.reuse import TensorStore, shared_prefixes
+from mezo.engines.torch.reuse import TensorStore, prompt_length, shared_prefixes
 from mezo.estimator import Probe, Record, TwoPoint
 from mezo.objective import Example, Target, TokenSequence, batch_loss, common_prefix, example_losses
 from tests.conftest import SENTIMENT_ROWS
@@ -94,9 +94,10 @@ TRAINED = {"lora": {}, "full": {"peft": False}, "prefix": {"prefix": True}}
 
 def tokens_of_a_probe(engine, examples):
     """What `engine` computes where every stage that saves anything is formed."""
-    total, beginning = 0, ()
-    for group in engine._groups(examples, 64):
-        first, *others = shared_prefixes([examples[n] for n in group], 0, beginning)
+    total, beginning, groups = 0, (), engine._groups(examples, 64)
+    common = engine._common_beginning(examples) if len(groups) > 1 else ()
+    for group in groups:
+        first, *others = shared_prefixes([examples[n] for n in group], 0, beginning, common)
         total += sum(stage.num_tokens for stage in (first, *others))
         if others and len(first.chunks) == 1:  # a beginning, as far as the pass before has not computed it
             total -= common_prefix([beginning, first.chunks[0]])
@@ -277,11 +278,15 @@ def test_frozen_lower_layers(model_folder, name, peft, store_bytes):
 
     def frozen_tokens(examples):
         """Those of examples that were not seen before; what their rows begin with counts once."""
-        total = 0
-        for group in engines[0]._groups(examples, 64):
-            rows = {tuple(s.input_ids for s in e.sequences): e for n in group for e in [examples[n]]}
+        total, groups = 0, engines[0]._groups(examples, 64)
+        common = engines[0]._common_beginning(examples) if len(groups) > 1 else ()
+        for group in groups:
+            rows = {}
+            for n in group:
+                own = examples[n].sequences
+                rows[prompt_length(examples[n]) if len(own) > 1 else 0, *(s.input_ids for s in own)] = examples[n]
             new = [e for key, e in rows.items() if key not in seen]
-            total += sum(stage.num_tokens for stage in shared_prefixes(new, 0)) if new else 0
+            total += sum(stage.num_tokens for stage in shared_prefixes(new, 0, (), common)) if new else 0
             seen.update(rows)
         return total
 
@@ -302,6 +307,49 @@ def test_frozen_lower_layers(model_folder, name, peft, store_bytes):
     check()
     assert engines[0].work.computed < engines[1].work.computed == engines[1].work.asked
     assert 0 < engines[0]._store.num_bytes <= store_bytes
+
+
+def test_the_same_rows_with_another_border_of_prompt_and_answer(model_folder):
+    on, off = (engine_for(model_folder("llama"), share=share, peft=False, layers="last:1") for share in (True, False))
+    ids = ((10, 11, 12, 13, 14), (10, 11, 12, 15, 16))
+    late, early = (
+        Example(tuple(TokenSequence(row, (Target(at, row[at + 1], n),)) for n, row in enumerate(ids)), 0)
+        for at in (2, 1)
+    )
+    probes = TwoPoint(0, 1e-2).probes(0)
+    for batch in ([late], [early], [late, early], [early, late]):
+        assert (on.losses(batch, probes) - off.losses(batch, probes)).abs().max() < TOLERANCE
+
+
+def test_one_row_a_pass_goes_on_from_what_all_begin_with(model_folder):
+    """Four rows of 30 + 4 tokens, one in a pass: 30 once for each probe, then 4 tokens of each."""
+    config = MeZOConfig(
+        model_name_or_path=model_folder("llama"), use_peft=True, dtype="float32", use_cpu=True, seed=3,
+        per_device_train_batch_size=1,
+    )  # fmt: skip
+    engine = make_engine(config, add_adapter(load_model(config, "causal_lm").model, config, "causal_lm"),
+                         load_tokenizer(config))  # fmt: skip
+    type(engine)._cost_of_pass = lambda self, num_probes: 20
+    begin = tuple(range(10, 25)) * 2
+    examples = [Example((TokenSequence((*begin, 5 + n, 6, 7, 8), (Target(32, 8, 0),)),)) for n in range(4)]
+    engine.losses(examples, TwoPoint(0, 1e-2).probes(0))
+    assert engine.work.computed == 2 * (30 + 4 * 4)
+
+
+def test_work_that_went_into_the_store_counts_after_memory_ran_out(model_folder, monkeypatch):
+    engine = engine_for(model_folder("llama"), share=True, peft=False, layers="last:1", dense_cost=10_000)
+    examples = [Example((TokenSequence((5 + n, 6, 7, 8), (Target(2, 8, 0),)),)) for n in range(4)]
+    read, failed = engine._read, []
+
+    def too_large(*args):
+        if not failed:
+            failed.append(None)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return read(*args)
+
+    monkeypatch.setattr(engine, "_read", too_large)
+    engine.losses(examples, [Probe(0, 1e-2)])
+    assert failed and engine.work.computed == 0.5 * 16 + 0.5 * 16  # the lower layer once, the upper one once
 
 
 def test_options_of_a_prompt_lie_in_the_store_once(model_folder):

@@ -148,10 +148,12 @@ class TorchEngine:
         self._checked_reads = False
         self._defers = False  # updates may wait for the next pass
         self._beginning: _Beginning | None = None  # of the pass before, under the present weights
+        self._common: tuple[int, ...] = ()  # what all rows of a call begin with, if it takes several passes
         self._most_tokens: float = math.inf  # rows × longest row that fit into memory in one pass, as far as known
         self._share = share
         self._store = TensorStore(store_bytes if share else 0, store_device or model.device)
         self.work = Work()
+        self._kept_work = Work()  # of it what went into the store
         self._lora = BatchedLoRA(model, self.space) if BatchedLoRA.fits(model, self.space) else None
         self.resumes_every = low_rank[1] if low_rank is not None else 1
         self._low_rank: LowRank | None = None
@@ -193,12 +195,12 @@ class TorchEngine:
     @torch.no_grad()
     def losses(self, examples: Sequence[Example], probes: Sequence[Probe], loss: Loss = example_losses) -> Tensor:
         """See `Engine.losses`."""
-        self._beginning = None
+        self._beginning, self._common = None, ()
         losses_PN = torch.empty(len(probes), len(examples))
         self.work.asked += len(probes) * sum(e.num_tokens for e in examples)
         first = 0
         for some in self._together(probes):
-            for group_G in self._groups(examples, self.train_batch_size, len(some)):
+            for group_G in self._passes(examples, self.train_batch_size, len(some)):
                 part = [examples[n] for n in group_G]
                 for p, score in enumerate(self._fitting(part, some, greedy=False), first):
                     losses_PN[p, group_G] = loss(part, score.logprobs_T)
@@ -210,10 +212,10 @@ class TorchEngine:
     def score(self, examples: Sequence[Example]) -> TargetScores:
         """See `Engine.score`."""
         self._settle()
-        self._beginning = None
+        self._beginning, self._common = None, ()
         parts: dict[int, TargetScores] = {}
         computed, padding = self.work.computed, self.work.padding
-        for group_G in self._groups(examples, self.eval_batch_size):
+        for group_G in self._passes(examples, self.eval_batch_size):
             part = [examples[n] for n in group_G]
             (scores,) = self._fitting(part, [UNPERTURBED], greedy=True)
             counts_G = [sum(len(s.targets) for s in e.sequences) for e in part]
@@ -393,6 +395,13 @@ class TorchEngine:
             return None
         return Dense(self.space, probes) if self._keys is None else DenseOnGPU(self.space, self._keys, probes)
 
+    def _passes(self, examples: Sequence[Example], batch_size: int, num_probes: int = 1) -> list[list[int]]:
+        """`_groups`; what all of them begin with is kept in mind."""
+        groups = self._groups(examples, batch_size, num_probes)
+        if len(groups) > 1:
+            self._common = self._common_beginning(examples)
+        return groups
+
     def _groups(self, examples: Sequence[Example], batch_size: int, num_probes: int = 1) -> list[list[int]]:
         """Indices of the examples of each forward pass: at most `batch_size`, of similar length."""
         groups: list[list[int]] = []
@@ -405,7 +414,7 @@ class TorchEngine:
                 self._cost_of_pass(num_probes),
                 most_tokens,
                 self._group_step(shapes, most_tokens),
-                self._common_beginning(part),
+                len(self._common_beginning(part)),
             )
             groups += [[first + n for n in group] for group in parts]
         return [part for group in groups for part in self._within_logits(examples, group, num_probes)]
@@ -431,14 +440,14 @@ class TorchEngine:
         """Whether rows of a pass go on from a prompt that was computed once."""
         return self._share and self._reach > 0
 
-    def _common_beginning(self, examples: Sequence[Example]) -> int:
+    def _common_beginning(self, examples: Sequence[Example]) -> tuple[int, ...]:
         """Tokens of all rows that each pass over some of them may compute once."""
         sequences = [s for e in examples for s in e.sequences]
         if not self._shares_prefixes or any(s.adapter_start for s in sequences):
-            return 0
+            return ()
         if self._prefix_tokens + max(len(s.input_ids) for s in sequences) > self._reach:
-            return 0
-        return common_prefix([s.input_ids[: s.read_start] for s in sequences])
+            return ()
+        return sequences[0].input_ids[: common_prefix([s.input_ids[: s.read_start] for s in sequences])]
 
     @property
     def _num_known(self) -> int:
@@ -481,14 +490,14 @@ class TorchEngine:
 
     def _fitting(self, examples: Sequence[Example], probes: Sequence[Probe], *, greedy: bool) -> list[TargetScores]:
         """`_scores`, in halves where memory does not hold them at once; later passes are cut to what did not fit."""
-        before = (self.work.computed, self.work.padding)
+        before = self._work_of_passes()
         try:
             return self._scores(examples, probes, greedy=greedy)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
         # Outside the handler, whose traceback holds the pass's tensors.
-        self.work.computed, self.work.padding = before
+        self._undo_work(before)
         if self._graphs is not None:
             self._graphs.clear()
         self._beginning = None
@@ -496,6 +505,7 @@ class TorchEngine:
         torch.cuda.empty_cache()
         half = len(examples) // 2
         if half:
+            self._common = self._common or self._common_beginning(examples)
             rows = sum(len(e.sequences) for e in examples)
             longest = max(len(s.input_ids) - s.adapter_start for e in examples for s in e.sequences)
             self._most_tokens = min(self._most_tokens, rows * longest / 2)
@@ -520,7 +530,7 @@ class TorchEngine:
         is_whole = len(stages) == 1 and not greedy
         if is_whole and self._is_static(stages[0], probes):
             return self._read_static(stages[0], sequences, probes, greedy)
-        known, before = self._num_known, (self.work.computed, self.work.padding)
+        known, before = self._num_known, self._work_of_passes()
         past: Past | None = None
         with self._perturbed(probes) as inside:
             for stage in stages[:-1]:
@@ -533,7 +543,8 @@ class TorchEngine:
             self._report_unread(reader.read_names)
             has_learned |= is_whole and self._is_static(stages[0], probes)
         if has_learned:  # the bits of a pass must not depend on those before
-            (self.work.computed, self.work.padding), self._beginning = before, None
+            self._undo_work(before)
+            self._beginning = None
             return self._scores(examples, probes, greedy=greedy)
         return scores
 
@@ -543,7 +554,7 @@ class TorchEngine:
         whole = [Stage(rows, list(range(len(rows))), [0] * len(rows))]
         if not self._shares_prefixes:
             return whole
-        cut = shared_prefixes(examples, self._cost_of_pass(num_probes), known)
+        cut = shared_prefixes(examples, self._cost_of_pass(num_probes), known, self._common)
         places = self._prefix_tokens + sum(max(map(len, stage.chunks)) for stage in cut)
         return cut if places <= self._reach else whole
 
@@ -660,7 +671,7 @@ class TorchEngine:
             beginning = [Stage([keys[0][:common]], [0], [0])] if common else []
             rest = Stage([key[common:] for key in keys], [0] * len(keys), [common] * len(keys))
             past: Past | None = None
-            with self.model.disable_adapter():
+            with self._keeping(), self.model.disable_adapter():
                 for stage in (*beginning, rest):
                     past = self._extend(past, stage, 1)
             assert past is not None
@@ -676,19 +687,20 @@ class TorchEngine:
 
         The store keeps an example's together: of the tokens that its rows begin with, and of what follows in each.
         """
-        keys = [tuple(s.input_ids for s in e.sequences) for e in examples]
         begun = [prompt_length(e) if self._shares_prefixes and len(e.sequences) > 1 else 0 for e in examples]
+        keys = [(start, tuple(s.input_ids for s in e.sequences)) for start, e in zip(begun, examples, strict=True)]
         found = {key: kept for key in set(keys) if (kept := self._store.get(key)) is not None}
         missing = {key: n for n, key in enumerate(keys) if key not in found}
         if missing:
             computed = iter(self._frozen_rows(frozen, [examples[n] for n in missing.values()]))
-            for key, n in missing.items():
-                rows = [next(computed) for _ in key]
-                found[key] = torch.cat((rows[0][: begun[n]], *(row_SD[begun[n] :] for row_SD in rows)))
+            for key in missing:
+                start, rows = key[0], [next(computed) for _ in key[1]]
+                found[key] = torch.cat((rows[0][:start], *(row_SD[start:] for row_SD in rows)))
                 self._store.put(key, found[key])
         rows = []
-        for key, start in zip(keys, begun, strict=True):
-            first_SD, *rests = found[key].to(self.model.device).split([start, *(len(ids) - start for ids in key)])
+        for key in keys:
+            start = key[0]
+            first_SD, *rests = found[key].to(self.model.device).split([start, *(len(ids) - start for ids in key[1])])
             rows += [torch.cat((first_SD, rest_SD)) for rest_SD in rests] if start else rests
         return rows
 
@@ -696,7 +708,7 @@ class TorchEngine:
         """The same, computed."""
         stages = [replace(stage, share=frozen.share) for stage in self._stages(examples, 1)]
         past: Past | None = None
-        with frozen.alone() as hidden:
+        with self._keeping(), frozen.alone() as hidden:
             for stage in stages[:-1]:
                 past = self._extend(past, stage, 1)
             self._transformer.base_model(**self._arguments(past, stages[-1], 1))
@@ -759,6 +771,23 @@ class TorchEngine:
             return self._inputs(inputs, None) | ({"use_cache": False} if "use_cache" in self._accepted else {})
         past = past.of_rows(stage.parents, num_probes)
         return self._inputs(inputs, past) | {"past_key_values": past.cache, "use_cache": True}
+
+    @contextmanager
+    def _keeping(self) -> Iterator[None]:
+        """A context whose work is not undone with that of the pass it is for."""
+        before = (self.work.computed, self.work.padding)
+        yield
+        self._kept_work.computed += self.work.computed - before[0]
+        self._kept_work.padding += self.work.padding - before[1]
+
+    def _work_of_passes(self) -> tuple[float, float]:
+        return self.work.computed - self._kept_work.computed, self.work.padding - self._kept_work.padding
+
+    def _undo_work(self, before: tuple[float, float]) -> None:
+        """Back to what `_work_of_passes` was."""
+        self.work.computed, self.work.padding = (
+            own + kept for own, kept in zip(before, (self._kept_work.computed, self._kept_work.padding), strict=True)
+        )
 
     def _count(self, stage: Stage, num_probes: int, padding: int) -> None:
         self.work.computed += num_probes * stage.share * stage.num_tokens

@@ -82,8 +82,11 @@ def _number(name: str, prefix: str) -> int | None:
 
 def _is_above(model: PreTrainedModel, name: str, prefix: str) -> bool:
     """Norms and classification heads behind the last layer. Embeddings and a language-model head stay out."""
-    if _number(name, prefix) is not None or "embed" in name or "project_in" in name or re.search(r"\bw[tp]e\b", name):
+    if _number(name, prefix) is not None or "emb" in name or "project_in" in name or re.search(r"\bw[tp]e\b", name):
         return False
+    beside = prefix.rpartition(".")[0] + "."
+    if name.startswith(beside) and any(n.startswith(beside + "rel") for n, _ in model.named_parameters()):
+        return False  # relative positions that every layer reads, and their norm
     head = model.get_output_embeddings()
     return head is None or all(p is not model.get_parameter(name) for p in head.parameters())
 
@@ -100,7 +103,7 @@ class FrozenLayers:
         self.model = model
         self.count = count
         self.layers = transformer_layers(model)[1]
-        self._returns_tuple = False
+        self._others: int | None = None  # of a tuple that layers return
 
     @property
     def share(self) -> float:
@@ -117,7 +120,7 @@ class FrozenLayers:
         captured: list[Tensor] = []
 
         def note_type(module: nn.Module, args: Any, output: Any) -> None:
-            self._returns_tuple = isinstance(output, tuple)
+            self._others = len(output) - 1 if isinstance(output, tuple) else None
 
         def capture(hidden_RSD: Tensor, *args: Any, **kwargs: Any) -> Any:
             captured.append(hidden_RSD)
@@ -156,7 +159,7 @@ class FrozenLayers:
                 cache.update(*[hidden_RSD.new_zeros(rows, 1, places, 1)] * 2, number)
 
     def _wrapped(self, hidden: Tensor) -> Any:
-        return (hidden,) if self._returns_tuple else hidden
+        return hidden if self._others is None else (hidden, *[None] * self._others)
 
 
 class _Forward:

@@ -111,7 +111,9 @@ def prompt_length(example: Example) -> int:
     return common_prefix([s.input_ids[: s.read_start] for s in example.sequences])
 
 
-def shared_prefixes(examples: Sequence[Example], pass_cost: int, known: tuple[int, ...] = ()) -> list[Stage]:
+def shared_prefixes(
+    examples: Sequence[Example], pass_cost: int, known: tuple[int, ...] = (), wanted: tuple[int, ...] = ()
+) -> list[Stage]:
     """Stages that compute a prefix common to all rows, and one common to the rows of an example, only once.
 
     Positions that are read stay in the last stage, which has the sequences of the examples as its rows, in order.
@@ -120,6 +122,7 @@ def shared_prefixes(examples: Sequence[Example], pass_cost: int, known: tuple[in
         examples: of one batch.
         pass_cost: what one more pass costs, in tokens; a stage that saves less is left out.
         known: tokens that may be gone on from at no cost.
+        wanted: tokens that other passes begin with, too, and may go on from.
     """
     sequences = [s for e in examples for s in e.sequences]
     owners = [n for n, e in enumerate(examples) for _ in e.sequences]
@@ -134,8 +137,9 @@ def shared_prefixes(examples: Sequence[Example], pass_cost: int, known: tuple[in
     free = common_prefix([known, prompts[0][:common]])
     grouped = saved_by_grouping(common) > pass_cost and min(own) > 0
     if (common - free) * ((len(examples) if grouped else len(sequences)) - 1) <= pass_cost:
-        common = free
-        grouped = saved_by_grouping(free) > pass_cost and min(own) > 0
+        later = common_prefix([wanted, prompts[0][:common]])
+        common = later if later - free > pass_cost else free
+        grouped = saved_by_grouping(common) > pass_cost and min(own) > 0
     stages = []
     if common:
         stages.append(Stage([prompts[0][:common]], [0], [0]))
