@@ -201,3 +201,35 @@ def test_activated_lora_says_where_it_does_not_reach():
     engine = TorchEngine(adapted(model), NoTokenizer())
     with pytest.raises(UserError, match="are more than the 6 of the model's sliding window; set a shorter max_length"):
         engine.score(activate(make_examples((3,), INVOCATION), INVOCATION))
+
+
+DEBERTA = {**SIZES, "num_hidden_layers": 3, "relative_attention": True, "pos_att_type": ["c2p", "p2c"]}
+ENCODERS = {
+    "bert": SIZES, "roberta": SIZES, "electra": {**SIZES, "embedding_size": 16}, "mpnet": SIZES, "deberta": DEBERTA,
+    "deberta-v2": {**DEBERTA, "position_buckets": 16, "norm_rel_ebd": "layer_norm", "share_att_key": True},
+    "distilbert": {"vocab_size": 64, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48},
+    "xlnet": {"vocab_size": 64, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type", ENCODERS)
+def test_frozen_layers_of_encoders(model_type, monkeypatch):
+    """Layers that return tuples of several lengths; relative positions beside the layers, which each of them reads."""
+    config = transformers.AutoConfig.for_model(model_type, **ENCODERS[model_type])
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = transformers.AutoModelForSequenceClassification.from_config(config).eval()
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                torch.nn.init.normal_(parameter.data, std=0.25)
+    names = set(trainable_names(model, "last:1"))
+    assert not any("encoder.rel" in name or "emb" in name for name in names)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in names)
+    generator = random.Random(1)
+    rows = [tuple(generator.choices(range(10, 30), k=length)) for length in (5, 9, 14)]
+    examples = [Example((TokenSequence(row, (Target(0, 0, 0), Target(0, 1, 1))),), 1) for row in rows]
+    found, work = losses(model, examples, True, monkeypatch)
+    expected, _ = losses(model, examples, False, monkeypatch)
+    assert (found - expected).abs().max() < TOLERANCE < (found[0] - found[1]).abs().max()
+    assert work.computed < work.asked
