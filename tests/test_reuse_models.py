@@ -223,7 +223,7 @@ def test_frozen_layers_of_encoders(model_type, monkeypatch):
             if parameter.ndim == 2:
                 torch.nn.init.normal_(parameter.data, std=0.25)
     names = set(trainable_names(model, "last:1"))
-    assert not any("encoder.rel" in name or "emb" in name for name in names)
+    assert not any("encoder.rel" in name or "embeddings" in name for name in names)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in names)
     generator = random.Random(1)
@@ -232,4 +232,4 @@ def test_frozen_layers_of_encoders(model_type, monkeypatch):
     found, work = losses(model, examples, True, monkeypatch)
     expected, _ = losses(model, examples, False, monkeypatch)
     assert (found - expected).abs().max() < TOLERANCE < (found[0] - found[1]).abs().max()
-    assert work.computed < work.asked
+    assert (work.computed < work.asked) == (model_type != "xlnet")  # whose hidden states lie otherwise

@@ -33,7 +33,7 @@ from mezo.engines.torch.deferred import DeferredUpdate, is_capturing
 from mezo.engines.torch.dense import Copies, Dense, DenseOnGPU, ProbeKeys, is_paired
 from mezo.engines.torch.generation import generate
 from mezo.engines.torch.graphs import Graphs, Shape, StaticInputs, unmasked_attention
-from mezo.engines.torch.layers import FrozenLayers, first_trained_layer
+from mezo.engines.torch.layers import POSITIONS_FIRST, FrozenLayers, first_trained_layer
 from mezo.engines.torch.lora import BatchedLoRA
 from mezo.engines.torch.low_rank import LowRank
 from mezo.engines.torch.optimizer import Optimizer, load_state, save_state
@@ -812,6 +812,8 @@ class TorchEngine:
 
     def _frozen_layers(self) -> FrozenLayers | None:
         if not self._share or self._has_prefix or not self.space.parameters:
+            return None
+        if self._transformer.config.model_type in POSITIONS_FIRST:
             return None
         count = first_trained_layer(self._transformer, self.space.parameters.values())
         if not count:

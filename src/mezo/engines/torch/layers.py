@@ -12,6 +12,7 @@ from transformers import Cache, PreTrainedModel
 
 from mezo.errors import UserError
 
+POSITIONS_FIRST = frozenset(["xlnet"])  # models whose hidden states are [S, R, D]
 _LAST = re.compile(r"last:(\d+)")
 
 
