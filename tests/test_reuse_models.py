@@ -212,6 +212,26 @@ ENCODERS = {
 }  # fmt: skip
 
 
+MODERNBERT = {**SIZES, "num_hidden_layers": 3, "local_attention": 8, "pad_token_id": 1, "max_position_embeddings": 128,
+              **dict.fromkeys(("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), 2)}  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type", [*(n for n in ENCODERS if n != "xlnet"), "modernbert"])
+def test_masked_words_of_encoders(model_type):
+    """Logits where they are read only, against those of transformers."""
+    config = transformers.AutoConfig.for_model(model_type, **{**ENCODERS, "modernbert": MODERNBERT}[model_type])
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = transformers.AutoModelForMaskedLM.from_config(config).eval()
+    generator = random.Random(1)
+    rows = [tuple(generator.choices(range(10, 30), k=length)) for length in (5, 9, 14)]
+    examples = [Example((TokenSequence(row, (Target(2, 20, 0), Target(2, 21, 1))),), 1) for row in rows]
+    found = TorchEngine(model, NoTokenizer()).score(examples).logprobs_T
+    with torch.no_grad():
+        expected = [model(input_ids=torch.tensor([row])).logits[0, 2].log_softmax(dim=-1)[20:22] for row in rows]
+    assert (found - torch.cat(expected)).abs().max() < TOLERANCE
+
+
 @pytest.mark.parametrize("model_type", ENCODERS)
 def test_frozen_layers_of_encoders(model_type, monkeypatch):
     """Layers that return tuples of several lengths; relative positions beside the layers, which each of them reads."""

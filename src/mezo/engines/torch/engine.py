@@ -879,8 +879,10 @@ class _LastHidden:
     def __enter__(self) -> None:
         self._handle = None
         if not _classifies(self._model):
-            # Not `base_model`: some models (OPT) call the decoder inside it.
-            self._handle = self._model.get_decoder().register_forward_hook(self._select)
+            # Not `base_model`: some models (OPT) call the decoder inside it. ModernBERT's "decoder" is its head.
+            body = self._model.get_decoder()
+            body = self._model.base_model if isinstance(body, torch.nn.Linear) else body
+            self._handle = body.register_forward_hook(self._select)
 
     def __exit__(self, *exception: object) -> None:
         if self._handle is not None:
