@@ -84,39 +84,37 @@ def make_engine(model: PeftModel, share: bool) -> TorchEngine:
     return TorchEngine(model, PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>"), share=share)
 
 
-def loss(model: PeftModel, examples: list[Example], past: list[Any] | None = None) -> Tensor:
-    """Mean loss, written plainly; answers are read behind `past`, one cache of the prompt per example."""
-    logprobs = []
-    for n, example in enumerate(examples):
-        rows_RS = torch.tensor([s.input_ids for s in example.sequences])
-        start, more = 0, {}
-        if past is not None:
-            start = rows_RS.shape[1] - ANSWER - 1
-            more = {"past_key_values": copy.deepcopy(past[n])}
-            more["past_key_values"].batch_repeat_interleave(OPTIONS)
-        logprobs_RSV = model(input_ids=rows_RS[:, start:], **more).logits.log_softmax(dim=-1)
-        for row, sequence in enumerate(example.sequences):
-            logprobs += [logprobs_RSV[row, t.position - start, t.token] for t in sequence.targets]
+def loss(model: PeftModel, examples: list[Example], past: Any = None) -> Tensor:
+    """Mean loss, written plainly; answers are read behind `past`, a cache with a row for each example's prompt."""
+    sequences = [s for e in examples for s in e.sequences]
+    rows_RS = torch.tensor([s.input_ids for s in sequences])  # all of one length
+    start, more = 0, {}
+    if past is not None:
+        start = rows_RS.shape[1] - ANSWER - 1
+        more = {"past_key_values": copy.deepcopy(past)}
+        more["past_key_values"].batch_repeat_interleave(OPTIONS)
+    logprobs_RSV = model(input_ids=rows_RS[:, start:], **more).logits.log_softmax(dim=-1)
+    logprobs = [logprobs_RSV[row, t.position - start, t.token] for row, s in enumerate(sequences) for t in s.targets]
     return example_losses(examples, torch.stack(logprobs)).mean()
 
 
-def prompt_caches(model: PeftModel, examples: list[Example]) -> list[Any]:
-    """Keys and values of each prompt but its last token, at the present weights."""
+def prompt_cache(model: PeftModel, examples: list[Example]) -> Any:
+    """Keys and values of the prompts but their last tokens, at the present weights."""
     prompts = [e.sequences[0].input_ids[: -ANSWER - 1] for e in examples]
-    return [model(input_ids=torch.tensor([prompt]), use_cache=True).past_key_values for prompt in prompts]
+    return model(input_ids=torch.tensor(prompts), use_cache=True).past_key_values
 
 
 def naive(model: PeftModel, engine: TorchEngine, examples: list[Example], probes: list[Probe]) -> float:
     """projected_grad where the −ε pass reads the prompts' keys and values of the +ε pass."""
     masters = {name: p.detach().clone() for name, p in engine.space.parameters.items()}
-    losses, caches = [], None
+    losses, cache = [], None
     with torch.no_grad():
         for probe in probes:
             for name, parameter in engine.space.parameters.items():
                 z = direction(probe.seed, name, 0, parameter.numel(), parameter.device).view(parameter.shape)
                 parameter.copy_(masters[name] + probe.scale * z)
-            caches = caches or prompt_caches(model, examples)
-            losses.append(float(loss(model, examples, caches)))
+            cache = cache or prompt_cache(model, examples)
+            losses.append(float(loss(model, examples, cache)))
         for name, parameter in engine.space.parameters.items():
             parameter.copy_(masters[name])
     return (losses[0] - losses[1]) / (2 * EPSILON)
