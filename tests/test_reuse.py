@@ -278,15 +278,14 @@ def test_frozen_lower_layers(model_folder, name, peft, store_bytes):
 
     def frozen_tokens(examples):
         """Those of examples that were not seen before; what their rows begin with counts once."""
-        total, groups = 0, engines[0]._groups(examples, 64)
-        common = engines[0]._common_beginning(examples) if len(groups) > 1 else ()
-        for group in groups:
+        total = 0
+        for group in engines[0]._groups(examples, 64):
             rows = {}
             for n in group:
                 own = examples[n].sequences
-                rows[prompt_length(examples[n]) if len(own) > 1 else 0, *(s.input_ids for s in own)] = examples[n]
+                rows[prompt_length(own) if len(own) > 1 else 0, *(s.input_ids for s in own)] = examples[n]
             new = [e for key, e in rows.items() if key not in seen]
-            total += sum(stage.num_tokens for stage in shared_prefixes(new, 0, (), common)) if new else 0
+            total += sum(stage.num_tokens for stage in shared_prefixes(new, 0)) if new else 0
             seen.update(rows)
         return total
 

@@ -76,6 +76,19 @@ def make_examples(lengths, ending=()):
     return examples
 
 
+def draw_rows():
+    generator = random.Random(1)
+    return [tuple(generator.choices(range(10, 30), k=length)) for length in (5, 9, 14)]
+
+
+def train_last_layer(model):
+    """Names of what is trained."""
+    names = set(trainable_names(model, "last:1"))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in names)
+    return names
+
+
 def losses(model, examples, share, monkeypatch):
     monkeypatch.setattr(TorchEngine, "_pass_cost", 0)
     monkeypatch.setattr(TorchEngine, "_groups", lambda _, some, *__: [list(range(len(some)))])
@@ -114,9 +127,7 @@ def test_probes_of_a_trained_prefix_in_one_traversal(model_type):
 def test_shared_prefixes_above_frozen_layers(model_type, monkeypatch):
     """Keys are kept of the upper layers only; masks and positions go by all of them."""
     model, examples = make_model(model_type, CONFIGS[model_type]), make_examples((3, 9, 14))
-    names = set(trainable_names(model, "last:1"))
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in names)
+    train_last_layer(model)
     found, work = losses(model, examples, True, monkeypatch)
     expected, _ = losses(model, examples, False, monkeypatch)
     assert (found - expected).abs().max() < TOLERANCE
@@ -210,8 +221,6 @@ ENCODERS = {
     "distilbert": {"vocab_size": 64, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48},
     "xlnet": {"vocab_size": 64, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48},
 }  # fmt: skip
-
-
 MODERNBERT = {**SIZES, "num_hidden_layers": 3, "local_attention": 8, "pad_token_id": 1, "max_position_embeddings": 128,
               **dict.fromkeys(("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), 2)}  # fmt: skip
 
@@ -223,8 +232,7 @@ def test_masked_words_of_encoders(model_type):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = transformers.AutoModelForMaskedLM.from_config(config).eval()
-    generator = random.Random(1)
-    rows = [tuple(generator.choices(range(10, 30), k=length)) for length in (5, 9, 14)]
+    rows = draw_rows()
     examples = [Example((TokenSequence(row, (Target(2, 20, 0), Target(2, 21, 1))),), 1) for row in rows]
     found = TorchEngine(model, NoTokenizer()).score(examples).logprobs_T
     with torch.no_grad():
@@ -242,13 +250,8 @@ def test_frozen_layers_of_encoders(model_type, monkeypatch):
         for parameter in model.parameters():
             if parameter.ndim == 2:
                 torch.nn.init.normal_(parameter.data, std=0.25)
-    names = set(trainable_names(model, "last:1"))
-    assert not any("encoder.rel" in name or "embeddings" in name for name in names)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in names)
-    generator = random.Random(1)
-    rows = [tuple(generator.choices(range(10, 30), k=length)) for length in (5, 9, 14)]
-    examples = [Example((TokenSequence(row, (Target(0, 0, 0), Target(0, 1, 1))),), 1) for row in rows]
+    assert not any("encoder.rel" in name or "embeddings" in name for name in train_last_layer(model))
+    examples = [Example((TokenSequence(row, (Target(0, 0, 0), Target(0, 1, 1))),), 1) for row in draw_rows()]
     found, work = losses(model, examples, True, monkeypatch)
     expected, _ = losses(model, examples, False, monkeypatch)
     assert (found - expected).abs().max() < TOLERANCE < (found[0] - found[1]).abs().max()

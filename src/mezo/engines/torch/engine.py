@@ -195,12 +195,12 @@ class TorchEngine:
     @torch.no_grad()
     def losses(self, examples: Sequence[Example], probes: Sequence[Probe], loss: Loss = example_losses) -> Tensor:
         """See `Engine.losses`."""
-        self._beginning, self._common = None, ()
+        self._beginning = None
         losses_PN = torch.empty(len(probes), len(examples))
         self.work.asked += len(probes) * sum(e.num_tokens for e in examples)
         first = 0
         for some in self._together(probes):
-            for group_G in self._passes(examples, self.train_batch_size, len(some)):
+            for group_G in self._groups(examples, self.train_batch_size, len(some)):
                 part = [examples[n] for n in group_G]
                 for p, score in enumerate(self._fitting(part, some, greedy=False), first):
                     losses_PN[p, group_G] = loss(part, score.logprobs_T)
@@ -212,10 +212,10 @@ class TorchEngine:
     def score(self, examples: Sequence[Example]) -> TargetScores:
         """See `Engine.score`."""
         self._settle()
-        self._beginning, self._common = None, ()
+        self._beginning = None
         parts: dict[int, TargetScores] = {}
         computed, padding = self.work.computed, self.work.padding
-        for group_G in self._passes(examples, self.eval_batch_size):
+        for group_G in self._groups(examples, self.eval_batch_size):
             part = [examples[n] for n in group_G]
             (scores,) = self._fitting(part, [UNPERTURBED], greedy=True)
             counts_G = [sum(len(s.targets) for s in e.sequences) for e in part]
@@ -395,29 +395,29 @@ class TorchEngine:
             return None
         return Dense(self.space, probes) if self._keys is None else DenseOnGPU(self.space, self._keys, probes)
 
-    def _passes(self, examples: Sequence[Example], batch_size: int, num_probes: int = 1) -> list[list[int]]:
-        """`_groups`; what all of them begin with is kept in mind."""
-        groups = self._groups(examples, batch_size, num_probes)
-        if len(groups) > 1:
-            self._common = self._common_beginning(examples)
-        return groups
-
     def _groups(self, examples: Sequence[Example], batch_size: int, num_probes: int = 1) -> list[list[int]]:
-        """Indices of the examples of each forward pass: at most `batch_size`, of similar length."""
+        """Indices of the examples of each forward pass: at most `batch_size`, of similar length.
+
+        What all passes begin with, if they are several, is noted.
+        """
         groups: list[list[int]] = []
+        beginnings: list[tuple[int, ...]] = []
         for first in range(0, len(examples), batch_size):
             part = examples[first : first + batch_size]
             shapes = [(len(e.sequences), max(len(s.input_ids) - s.adapter_start for s in e.sequences)) for e in part]
             most_tokens = min(self._most_tokens, self._most_tokens_of(num_probes, shapes))
+            beginnings.append(self._common_beginning(part))
             parts = length_groups(
                 shapes,
                 self._cost_of_pass(num_probes),
                 most_tokens,
                 self._group_step(shapes, most_tokens),
-                len(self._common_beginning(part)),
+                len(beginnings[-1]),
             )
             groups += [[first + n for n in group] for group in parts]
-        return [part for group in groups for part in self._within_logits(examples, group, num_probes)]
+        passes = [part for group in groups for part in self._within_logits(examples, group, num_probes)]
+        self._common = beginnings[0][: common_prefix(beginnings)] if len(passes) > 1 else ()
+        return passes
 
     def _within_logits(self, examples: Sequence[Example], group: list[int], num_probes: int) -> Iterator[list[int]]:
         """A group in parts whose positions that are read have no more logits than fit beside a pass."""
@@ -447,7 +447,7 @@ class TorchEngine:
             return ()
         if self._prefix_tokens + max(len(s.input_ids) for s in sequences) > self._reach:
             return ()
-        return sequences[0].input_ids[: common_prefix([s.input_ids[: s.read_start] for s in sequences])]
+        return sequences[0].input_ids[: prompt_length(sequences)]
 
     @property
     def _num_known(self) -> int:
@@ -524,7 +524,7 @@ class TorchEngine:
         if self._beginning is not None and self._beginning.probes != tuple(probes):
             self._beginning = None
         ready = () if self._beginning is None else self._beginning.tokens
-        stages = self._stages(examples, len(probes), ready)
+        stages = self._stages(examples, len(probes), ready, self._common)
         if self._frozen is not None:
             stages = self._above(self._frozen, self._hidden_states(self._frozen, examples), stages)
         is_whole = len(stages) == 1 and not greedy
@@ -548,13 +548,15 @@ class TorchEngine:
             return self._scores(examples, probes, greedy=greedy)
         return scores
 
-    def _stages(self, examples: Sequence[Example], num_probes: int, known: tuple[int, ...] = ()) -> list[Stage]:
+    def _stages(
+        self, examples: Sequence[Example], num_probes: int, known: tuple[int, ...] = (), wanted: tuple[int, ...] = ()
+    ) -> list[Stage]:
         """A pass over the examples, cut where that computes less; see `shared_prefixes`."""
         rows = [s.input_ids for e in examples for s in e.sequences]
         whole = [Stage(rows, list(range(len(rows))), [0] * len(rows))]
         if not self._shares_prefixes:
             return whole
-        cut = shared_prefixes(examples, self._cost_of_pass(num_probes), known, self._common)
+        cut = shared_prefixes(examples, self._cost_of_pass(num_probes), known, wanted)
         places = self._prefix_tokens + sum(max(map(len, stage.chunks)) for stage in cut)
         return cut if places <= self._reach else whole
 
@@ -687,20 +689,25 @@ class TorchEngine:
 
         The store keeps an example's together: of the tokens that its rows begin with, and of what follows in each.
         """
-        begun = [prompt_length(e) if self._shares_prefixes and len(e.sequences) > 1 else 0 for e in examples]
-        keys = [(start, tuple(s.input_ids for s in e.sequences)) for start, e in zip(begun, examples, strict=True)]
+        keys = [
+            (
+                prompt_length(e.sequences) if self._shares_prefixes and len(e.sequences) > 1 else 0,
+                tuple(s.input_ids for s in e.sequences),
+            )
+            for e in examples
+        ]
         found = {key: kept for key in set(keys) if (kept := self._store.get(key)) is not None}
         missing = {key: n for n, key in enumerate(keys) if key not in found}
         if missing:
             computed = iter(self._frozen_rows(frozen, [examples[n] for n in missing.values()]))
-            for key in missing:
-                start, rows = key[0], [next(computed) for _ in key[1]]
-                found[key] = torch.cat((rows[0][:start], *(row_SD[start:] for row_SD in rows)))
-                self._store.put(key, found[key])
+            for start, ids in missing:
+                rows = [next(computed) for _ in ids]
+                found[start, ids] = torch.cat((rows[0][:start], *(row_SD[start:] for row_SD in rows)))
+                self._store.put((start, ids), found[start, ids])
         rows = []
-        for key in keys:
-            start = key[0]
-            first_SD, *rests = found[key].to(self.model.device).split([start, *(len(ids) - start for ids in key[1])])
+        for start, ids in keys:
+            kept = found[start, ids].to(self.model.device)
+            first_SD, *rests = kept.split([start, *(len(row) - start for row in ids)])
             rows += [torch.cat((first_SD, rest_SD)) for rest_SD in rests] if start else rests
         return rows
 
@@ -785,9 +792,8 @@ class TorchEngine:
 
     def _undo_work(self, before: tuple[float, float]) -> None:
         """Back to what `_work_of_passes` was."""
-        self.work.computed, self.work.padding = (
-            own + kept for own, kept in zip(before, (self._kept_work.computed, self._kept_work.padding), strict=True)
-        )
+        self.work.computed = before[0] + self._kept_work.computed
+        self.work.padding = before[1] + self._kept_work.padding
 
     def _count(self, stage: Stage, num_probes: int, padding: int) -> None:
         self.work.computed += num_probes * stage.share * stage.num_tokens

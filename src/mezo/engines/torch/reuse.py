@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PretrainedConfig
 
-from mezo.objective import Example, common_prefix
+from mezo.objective import Example, TokenSequence, common_prefix
 
 # Decoders that find keys by mask and position ids alone, so that padding may stand between a prompt and what goes on
 # from it: tested. Others count places (MPT, GPT-Neo), take no mask of four dimensions (Bloom) or keep states.
@@ -106,9 +106,9 @@ class Stage:
         return replace(self, chunks=chunks, starts=starts, hidden_RSD=hidden_RSD)
 
 
-def prompt_length(example: Example) -> int:
-    """Tokens that all rows of an example begin with and none of which is read."""
-    return common_prefix([s.input_ids[: s.read_start] for s in example.sequences])
+def prompt_length(sequences: Sequence[TokenSequence]) -> int:
+    """How many tokens all rows begin with and none of them is read at."""
+    return common_prefix([s.input_ids[: s.read_start] for s in sequences])
 
 
 def shared_prefixes(
@@ -126,7 +126,7 @@ def shared_prefixes(
     """
     sequences = [s for e in examples for s in e.sequences]
     owners = [n for n, e in enumerate(examples) for _ in e.sequences]
-    own = [prompt_length(e) for e in examples]
+    own = [prompt_length(e.sequences) for e in examples]
     prompts = [e.sequences[0].input_ids[:length] for e, length in zip(examples, own, strict=True)]
 
     def saved_by_grouping(common: int) -> int:
