@@ -69,6 +69,16 @@ def test_the_first_pass_has_the_bits_of_later_ones(model_folder, name, kind):
     assert engine.work.computed <= engine.work.asked
 
 
+@pytest.mark.parametrize("name", PROMPT)
+def test_static_pass_behind_a_trained_prefix(model_folder, name):
+    values = {"use_peft": True, "peft_type": "prefix_tuning", "num_virtual_tokens": 3}
+    static, examples = engine_for(model_folder(name), name, values)
+    plain, _ = engine_for(model_folder(name), name, values)
+    assert_same_trajectory(as_on_gpu(static), plain, examples)
+    ours, expected = (torch.stack(list(engine.score(examples))[:1]) for engine in (static, plain))
+    assert (ours - expected).abs().max() < TOLERANCE
+
+
 @pytest.mark.parametrize("name", ["bert", "roberta"])
 def test_a_trained_prefix_before_an_encoder(model_folder, name):
     """All probes in one traversal, against one after the other."""

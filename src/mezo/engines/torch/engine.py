@@ -168,6 +168,8 @@ class TorchEngine:
         # PEFT's prefix tuning brings keys and values of its own.
         self._has_prefix = isinstance(model, PeftModel) and model.peft_config["default"].is_prompt_learning
         self._prefix_tokens = model.peft_config["default"].num_virtual_tokens if self._has_prefix else 0
+        if self._has_prefix:  # PEFT leaves the indices of its rows on the CPU, from where no graph can take them
+            model.prompt_tokens["default"] = model.prompt_tokens["default"].to(model.device)
         self._frozen = self._frozen_layers()
         on_gpu = model.device.type == "cuda"
         self._copies = self._copies_within(_COPY_BYTES if on_gpu and share else 0)
@@ -348,7 +350,8 @@ class TorchEngine:
     def _copies_within(self, num_bytes: int) -> ProbeBuffers | None:
         """Buffers for whole copies of the parameters, if two fit into the memory."""
         parameters = list(self.space.parameters.values())
-        if self._lora is not None or self._low_rank is not None or isinstance(self.model, PeftModel):
+        of_peft = isinstance(self.model, PeftModel) and not self._has_prefix
+        if self._lora is not None or self._low_rank is not None or of_peft:
             return None
         if not parameters or any(p.dtype != torch.float32 for p in parameters):
             return None
@@ -597,7 +600,7 @@ class TorchEngine:
         moved = any(probe.scale != 0.0 for probe in probes)
         if self._graphs is None or not self._share or (moved and not self._checked_reads):
             return False
-        if self._has_prefix or self._transformer.config.is_encoder_decoder:
+        if self._transformer.config.is_encoder_decoder or (self._has_prefix and not self._takes_prefix(stage)):
             return False
         if self._low_rank is not None:
             known = self._low_rank.keep == 1.0
@@ -605,6 +608,12 @@ class TorchEngine:
             known = self._lora is not None or not moved or self._copies is not None or self._keys is not None
         tokens = len(probes) * (stage.num_tokens + stage.num_padding)
         return known and tokens * self._pass_flops < _STATIC_FLOPS
+
+    def _takes_prefix(self, stage: Stage) -> bool:
+        """Whether the model itself takes a trained prefix as PEFT hands it over, and all of a stage sees it."""
+        if self._is_decoder:
+            return self._prefix_tokens + max(map(len, stage.chunks)) <= self._reach
+        return not _classifies(self._transformer) and self._transformer.config.model_type in BATCHED_MODELS
 
     def _read_static(
         self,
@@ -627,16 +636,17 @@ class TorchEngine:
         static = self._graphs.inputs(shape, prefixes[0] if prefixes else None, stage.hidden_RSD)
         static.fill(rows, reads, self._pad, prefixes, stage.hidden_RSD)
         deferred = None if self._keys is None else self._keys.deferred
-        is_causal = not prefixes and shape.tokens <= self._reach
+        is_causal = not prefixes and not self._has_prefix and shape.tokens <= self._reach
 
         def forward(static: StaticInputs) -> Tensor:
-            arguments = static.arguments(self.model.dtype, encoder=not self._is_decoder)
-            if "use_cache" in self._accepted:
-                arguments.setdefault("use_cache", False)
             row_Q, position_Q = static.reads.places(len(probes), shape.rows)
             attention = unmasked_attention(self._transformer) if is_causal else nullcontext()
             last = _LastHidden(self._transformer, row_Q, position_Q)
             with self._perturbed(probes) as inside, self._skipping(static.hidden_RSD, len(probes)), last, attention:
+                prefix = self._root(len(probes) * shape.rows).cache if self._has_prefix else None
+                arguments = static.arguments(self.model.dtype, prefix, encoder=not self._is_decoder)
+                if "use_cache" in self._accepted:
+                    arguments.setdefault("use_cache", False)
                 logits = self._transformer(**arguments).logits
             if deferred is not None:
                 weights = inside.weights if isinstance(inside, PerturbedForward) else None

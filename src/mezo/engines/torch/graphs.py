@@ -138,29 +138,36 @@ class StaticInputs:
         for row in range(len(prefixes), self.shape.rows):
             self._kv_L2RHKD[:, :, row :: self.shape.rows] = 0.0
 
-    def arguments(self, dtype: torch.dtype, *, encoder: bool) -> dict[str, Any]:
-        """What the model takes. A decoder's rows need no mask without a prompt: padding stands behind what is read."""
+    def arguments(self, dtype: torch.dtype, prefix: DynamicCache | None = None, *, encoder: bool) -> dict[str, Any]:
+        """What the model takes, with the keys and values of a trained `prefix` of all probes' rows if there is one.
+
+        A decoder's rows need no mask if nothing stands before them: padding stands behind what is read.
+        """
         probes = self.shape.probes
         taken: dict[str, Any] = {"input_ids": self._ids_RS.repeat(probes, 1)}
-        if self._kv_L2RHKD is not None:
-            taken |= {"position_ids": self._position_ids_RS.repeat(probes, 1), "past_key_values": self._cache()}
-            taken |= {"attention_mask": self._mask(dtype, encoder=False), "use_cache": True}
-        elif encoder:
-            taken["attention_mask"] = self._mask(dtype, encoder=True)
+        past = self._cache() if self._kv_L2RHKD is not None else prefix
+        prefix_tokens = 0 if prefix is None else prefix.get_seq_length()
+        if encoder or past is not None:
+            taken["attention_mask"] = self._mask(dtype, prefix_tokens, encoder)
+        if past is not None:
+            taken |= {"past_key_values": past, "use_cache": True}
+            if not encoder:
+                taken["position_ids"] = self._position_ids_RS.repeat(probes, 1) + prefix_tokens
         return taken
 
-    def _mask(self, dtype: torch.dtype, *, encoder: bool) -> Tensor:
-        """What is added to attention scores [probes · R, 1, S, P + S]."""
+    def _mask(self, dtype: torch.dtype, prefix_tokens: int, encoder: bool) -> Tensor:
+        """What is added to attention scores [probes · R, 1, S, P + S], P of them a prompt's or a trained prefix's."""
         tokens, device = self.shape.tokens, self._flat.device
         place_S = torch.arange(tokens, device=device)
-        if encoder:
-            seen_R1S = (place_S < self._length_R[:, None])[:, None]
-            seen_RSK = seen_R1S.expand(-1, tokens, -1)
+        if prefix_tokens:
+            before_RP = torch.ones(self.shape.rows, prefix_tokens, dtype=torch.bool, device=device)
         else:
-            place_P = torch.arange(self.shape.positions, device=device)
-            prompt_RSP = (place_P < self._prompt_R[:, None])[:, None].expand(-1, tokens, -1)
-            own_RSS = (place_S <= place_S[:, None]).expand(len(prompt_RSP), -1, -1)
-            seen_RSK = torch.cat((prompt_RSP, own_RSS), dim=2)
+            before_RP = torch.arange(self.shape.positions, device=device) < self._prompt_R[:, None]
+        if encoder:
+            own_RSS = (place_S < self._length_R[:, None])[:, None].expand(-1, tokens, -1)
+        else:
+            own_RSS = (place_S <= place_S[:, None]).expand(self.shape.rows, -1, -1)
+        seen_RSK = torch.cat((before_RP[:, None].expand(-1, tokens, -1), own_RSS), dim=2)
         zeros_RSK = torch.zeros(seen_RSK.shape, dtype=dtype, device=device)
         return zeros_RSK.masked_fill_(~seen_RSK, torch.finfo(dtype).min).repeat(self.shape.probes, 1, 1)[:, None]
 
