@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All GPU checks and measurements of the torch engine, without a network, within about ten minutes on an H100:
+# All GPU checks and measurements of the torch engine, without a network, within ten minutes (383 s on an H200):
 #     benchmarks/gpu_torch.sh OUT [COMMIT]
 # Prints PASS or FAIL of each check and a line for each measurement; writes OUT/gpu_check.csv, gpu_step.csv, gpu_profile.csv and
 # gpu_kv_reuse_torch.csv. A time limit on the steps leaves the rows that were measured. Trajectories with reuse on and off take

@@ -14,7 +14,8 @@ those in bfloat16 lose themselves in rounding.
 twins: other types and engines at another method's rate.
 
 time: what a step takes, `--time_steps` of them one method after the other, before anything else; give it a GPU of its
-own. Then `--jobs` runs share the device. Rows of FILE.csv are appended when a run ends, and runs that it holds already
+own. Then `--jobs` runs share the device; NVIDIA's Multi-Process Service lets their kernels run beside one another
+(`nvidia-cuda-mps-control -d` before). Rows of FILE.csv are appended when a run ends, and runs that it holds already
 are left out, so that an interrupted measurement goes on with the same command. No run begins that would not end within
 `--minutes`. `--plan` only says what is left to run and about how long it takes. methods_report.py makes tables and
 plots of the rows.
