@@ -8,12 +8,14 @@ from mezo.api import build_trainer
 from mezo.engines.torch.dense import Copies
 from mezo.engines.torch.graphs import Graphs, Shape
 from mezo.estimator import TwoPoint
+from mezo.objective import Example, TokenSequence
 from tests.conftest import SENTIMENT_ROWS
 from tests.test_low_rank import DIRECTIONS, TOLERANCE, noisy, numbers, options_for
 
 KINDS = {**DIRECTIONS, "lora": {"use_peft": True, "lora_r": 2}}
 LAST = {"trainable_layers": "last:1"}
 KINDS |= {f"{name}, last layer": {**KINDS[name], **LAST} for name in ("dense", "low_rank", "lora")}
+PREFIX = {"use_peft": True, "peft_type": "prefix_tuning", "num_virtual_tokens": 3}
 PROMPT = {"llama": "text", "opt": "text", "gpt2": "text", "bert": "mask", "roberta": "mask"}
 
 
@@ -56,11 +58,11 @@ def test_static_pass(model_folder, name, kind):
     assert (static._frozen is not None) == ("last layer" in kind)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "prefix"])
 @pytest.mark.parametrize("name", ["opt", "bert"])
 def test_the_first_pass_has_the_bits_of_later_ones(model_folder, name, kind):
     """A run that goes on from its journal takes the steps that it would have taken."""
-    engine, examples = engine_for(model_folder(name), name, KINDS[kind])
+    engine, examples = engine_for(model_folder(name), name, {**KINDS, "prefix": PREFIX}[kind])
     as_on_gpu(engine)
     probes = TwoPoint(7, 0.05).probes(0)
     first, second = (engine.losses(examples[:5], probes) for _ in range(2))
@@ -71,20 +73,45 @@ def test_the_first_pass_has_the_bits_of_later_ones(model_folder, name, kind):
 
 @pytest.mark.parametrize("name", PROMPT)
 def test_static_pass_behind_a_trained_prefix(model_folder, name):
-    values = {"use_peft": True, "peft_type": "prefix_tuning", "num_virtual_tokens": 3}
-    static, examples = engine_for(model_folder(name), name, values)
-    plain, _ = engine_for(model_folder(name), name, values)
+    static, examples = engine_for(model_folder(name), name, PREFIX)
+    plain, _ = engine_for(model_folder(name), name, PREFIX)
     assert_same_trajectory(as_on_gpu(static), plain, examples)
-    ours, expected = (torch.stack(list(engine.score(examples))[:1]) for engine in (static, plain))
-    assert (ours - expected).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("name", PROMPT)
+def test_rows_as_long_as_the_model_takes(model_folder, name):
+    """No bucket is longer, behind a trained prefix of three places either."""
+    static, examples = engine_for(model_folder(name), name, PREFIX)
+    plain, _ = engine_for(model_folder(name), name, PREFIX)
+    config, sequence = static.model.config, examples[0].sequences[0]
+    most = config.max_position_embeddings - 3
+    if name == "roberta":  # whose positions begin behind that of padding
+        most -= config.pad_token_id + 1
+    ids = (sequence.input_ids + sequence.input_ids[1:-1] * most)[:most]
+    rows = [Example((TokenSequence(ids, sequence.targets[:1]),))]
+    as_on_gpu(static)
+    probes = TwoPoint(7, 0.05).probes(0)
+    for _ in range(2):
+        ours, expected = (engine.losses(rows, probes) for engine in (static, plain))
+        assert (ours - expected).abs().max() < TOLERANCE
+    assert static._graphs._kept
+
+
+@pytest.mark.parametrize("name", ["opt", "bert"])
+def test_attention_that_takes_no_mask_of_four_dimensions(model_folder, name):
+    for values, is_static in ((PREFIX, False), (KINDS["lora"], name == "opt")):
+        static, examples = engine_for(model_folder(name), name, values)
+        as_on_gpu(static)._takes_masks = False
+        for _ in range(2):
+            static.losses(examples[:3], TwoPoint(7, 0.05).probes(0))
+        assert bool(static._graphs._kept) == is_static
 
 
 @pytest.mark.parametrize("name", ["bert", "roberta"])
 def test_a_trained_prefix_before_an_encoder(model_folder, name):
     """All probes in one traversal, against one after the other."""
-    values = {"use_peft": True, "peft_type": "prefix_tuning", "num_virtual_tokens": 3}
-    engine, examples = engine_for(model_folder(name), name, values)
-    apart, _ = engine_for(model_folder(name), name, {**values, "enable_kv_cache_optimization": False})
+    engine, examples = engine_for(model_folder(name), name, PREFIX)
+    apart, _ = engine_for(model_folder(name), name, {**PREFIX, "enable_kv_cache_optimization": False})
     probes = TwoPoint(7, 0.5, 2).probes(0)
     assert list(map(len, engine._together(probes))) == [4] and len(apart._together(probes)) == 4
     found, expected = (e.losses(examples, probes) for e in (engine, apart))

@@ -130,10 +130,11 @@ def run(options: BenchOptions) -> list[Measurement]:
     engine = make_bench_engine(options)
     examples = make_examples(options, engine)
     bare = TorchEngine(engine._transformer, engine.tokenizer)  # no low-rank part, no copies
+    plain = engine if engine._lora is not None else bare
     methods: dict[str, Callable[[int], object]] = {
         "two plain forwards": lambda _: two_forwards(engine, bare, examples),
         "a step of mezo": lambda step: mezo_step(engine, examples, step, options.num_queries),
-        "original algorithm": lambda step: original_step(engine, examples, step),
+        "original algorithm": lambda step: original_step(engine, examples, step, plain),
     }
     if engine.model.device.type == "cuda":
         methods["two forwards, captured"] = lambda _: two_forwards(engine, bare, examples, captured=True)
@@ -160,7 +161,7 @@ def run(options: BenchOptions) -> list[Measurement]:
         times["end of a window"], peaks["end of a window"] = ends, _peak(engine.model.device)
     base = statistics.median(times["two plain forwards"])
     # Over the weights; whether updates went along with passes shows only now.
-    passes = {"a step of mezo": _passes(options, engine), "original algorithm": 2.0 + 8.0 * (not options.use_peft)}
+    passes = {"a step of mezo": _passes(options, engine, examples), "original algorithm": 2.0 + 8.0 * (not options.use_peft)}
     directions = {"a step of mezo": options.num_queries, "end of a window": 0}
     rows = []
     for name, seconds_of in times.items():
@@ -247,14 +248,14 @@ def window_ends(engine: TorchEngine, count: int = 3) -> list[float]:
 
 
 @torch.no_grad()
-def original_step(engine: TorchEngine, examples: Sequence[Example], step: int) -> None:
-    """Algorithm 1 of the paper, in place."""
-    plain = engine if engine._lora is not None else TorchEngine(engine.model, engine.tokenizer)
+def original_step(engine: TorchEngine, examples: Sequence[Example], step: int, plain: TorchEngine) -> None:
+    """Algorithm 1 of the paper, in place; `plain` is an engine of the same parameters that keeps nothing of them."""
 
     def move(scale: float) -> None:
         torch.manual_seed(step)
         for p in engine.space.parameters.values():
             p.add_(torch.normal(mean=0, std=1, size=p.shape, dtype=p.dtype, device=p.device), alpha=scale)
+        engine._changed()
 
     move(_EPSILON)
     loss_plus = _plain_loss(plain, examples)
@@ -262,20 +263,25 @@ def original_step(engine: TorchEngine, examples: Sequence[Example], step: int) -
     loss_minus = _plain_loss(plain, examples)
     move(_EPSILON)
     move(-_LEARNING_RATE * (loss_plus - loss_minus) / (2 * _EPSILON))
-    engine._changed()
 
 
 def _plain_loss(engine: TorchEngine, examples: Sequence[Example]) -> float:
     return batch_loss(examples, example_losses(examples, engine.score(examples).logprobs_T))
 
 
-def _passes(options: BenchOptions, engine: TorchEngine) -> float:
-    """Passes over the weights: low-rank directions read them once; dense ones are read, written to scratch and read
-    again under each sign, and the update reads and writes them, or writes only where it goes along with that."""
+def _passes(options: BenchOptions, engine: TorchEngine, examples: Sequence[Example]) -> float:
+    """Passes over the weights in a step: low-rank directions read them once a traversal of the model; dense ones are
+    read, written to scratch and read again under each sign, and the update reads and writes them, or writes only where
+    it goes along with that."""
+    probes = TwoPoint(seed=0, epsilon=_EPSILON, num_queries=options.num_queries).probes(0)
+    together = [
+        (len(some), len(engine._groups(examples, engine.train_batch_size, len(some))))
+        for some in engine._together(probes)
+    ]
     if options.use_peft or options.direction != "dense":
-        return 1.0
+        return float(sum(traversals for _, traversals in together))
     deferred = engine._keys is not None and engine._keys.deferred is not None
-    return (1.0 if deferred else 2.0) + 5.0 * options.num_queries
+    return (1.0 if deferred else 2.0) + sum(2.5 * num_probes * traversals for num_probes, traversals in together)
 
 
 def timed(function: Callable[[], object], device: torch.device) -> float:

@@ -170,6 +170,9 @@ class TorchEngine:
         self._prefix_tokens = model.peft_config["default"].num_virtual_tokens if self._has_prefix else 0
         if self._has_prefix:  # PEFT leaves the indices of its rows on the CPU, from where no graph can take them
             model.prompt_tokens["default"] = model.prompt_tokens["default"].to(model.device)
+        text = self._transformer.config.get_text_config()
+        self._most_positions = (getattr(text, "max_position_embeddings", None) or math.inf) - self._prefix_tokens
+        self._takes_masks = text._attn_implementation in ("eager", "sdpa")  # of four dimensions, others' kernels don't
         self._frozen = self._frozen_layers()
         on_gpu = model.device.type == "cuda"
         self._copies = self._copies_within(_COPY_BYTES if on_gpu and share else 0)
@@ -589,7 +592,7 @@ class TorchEngine:
             )
         prefixes = self._prompts(sequences)
         stage = Stage(chunks, list(range(len(sequences))), starts)
-        if self._graphs is not None and self._share:
+        if self._graphs is not None and self._share and self._takes_masks:
             return self._read_static(stage, sequences, probes, greedy, prefixes)
         past = Past(*cache_of_rows(prefixes, len(probes), self.model.device))
         with self._lora(probes):
@@ -601,6 +604,8 @@ class TorchEngine:
         if self._graphs is None or not self._share or (moved and not self._checked_reads):
             return False
         if self._transformer.config.is_encoder_decoder or (self._has_prefix and not self._takes_prefix(stage)):
+            return False
+        if not self._takes_masks and (self._has_prefix or not self._is_decoder):
             return False
         if self._low_rank is not None:
             known = self._low_rank.keep == 1.0
@@ -631,7 +636,7 @@ class TorchEngine:
         num_reads, num_targets = len(reads.row_Q), len(reads.token_T)
         sizes = (num_rows, tokens, positions, num_reads, num_targets)
         moved = not isinstance(self._perturbed(probes), nullcontext)  # writes the parameters, which no graph must hold
-        shape = Shape.of(len(probes), is_paired(probes), moved, *sizes, greedy)
+        shape = Shape.of(len(probes), is_paired(probes), moved, *sizes, greedy, self._most_positions)
         self._count(stage, len(probes), shape.rows * shape.tokens - stage.num_tokens)
         static = self._graphs.inputs(shape, prefixes[0] if prefixes else None, stage.hidden_RSD)
         static.fill(rows, reads, self._pad, prefixes, stage.hidden_RSD)

@@ -50,11 +50,12 @@ class Shape(NamedTuple):
     @classmethod
     def of(
         cls, probes: int, paired: bool, moved: bool, rows: int, tokens: int, positions: int, reads: int, targets: int,
-        greedy: bool,
+        greedy: bool, most_tokens: float = math.inf,
     ) -> Shape:  # fmt: skip
-        """The bucket of a batch. At most a fifth of the rows is padding."""
+        """The bucket of a batch. At most a fifth of the rows is padding, and no row longer than the model takes."""
         rows = _up(rows, 1 << max(0, rows.bit_length() - 3))
-        tokens, positions = _up(tokens, _TOKENS), _up(positions, _POSITIONS)
+        tokens = max(tokens, int(min(_up(tokens, _TOKENS), most_tokens)))
+        positions = _up(positions, _POSITIONS)
         return cls(probes, paired, moved, rows, tokens, positions, _up(reads, _READS), _up(targets, _READS), greedy)
 
     def size_of_prompts(self, prefix: Tensor) -> tuple[int, ...]:
