@@ -161,7 +161,8 @@ def run(options: BenchOptions) -> list[Measurement]:
         times["end of a window"], peaks["end of a window"] = ends, _peak(engine.model.device)
     base = statistics.median(times["two plain forwards"])
     # Over the weights; whether updates went along with passes shows only now.
-    passes = {"a step of mezo": _passes(options, engine, examples), "original algorithm": 2.0 + 8.0 * (not options.use_peft)}
+    original = 2.0 + 8.0 * (not options.use_peft)
+    passes = {"a step of mezo": _passes(options, engine, examples), "original algorithm": original}
     directions = {"a step of mezo": options.num_queries, "end of a window": 0}
     rows = []
     for name, seconds_of in times.items():
