@@ -105,6 +105,13 @@ def test_a_dict_of_splits_in_memory():
         load_rows(splits, None, "dev")
 
 
+def test_a_data_set_that_is_a_script(tmp_path):
+    (tmp_path / "reviews").mkdir()
+    (tmp_path / "reviews" / "reviews.py").write_text("raise SystemExit")
+    with pytest.raises(UserError, match=r"scripts are no longer supported, but found reviews\.py"):
+        load_rows(str(tmp_path / "reviews"), None, "train")
+
+
 def test_streams_are_refused():
     with pytest.raises(UserError, match="streaming"):
         load_rows(Dataset.from_list(ROWS).to_iterable_dataset(), None, "train")

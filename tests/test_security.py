@@ -2,23 +2,28 @@
 
 import ast
 import contextlib
+import dataclasses
 import json
 import pickle
 import shutil
 import struct
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub import HfApi
 from safetensors.torch import load_file
 
 from mezo import journal
 from mezo.api import build_trainer, replay
 from mezo.config import MeZOConfig
+from mezo.engines.torch.loading import with_safetensors
 from mezo.errors import UserError
 from mezo.fingerprint import checkpoint_digest
 from mezo.header import _without_secrets, make_header
+from mezo.hub import converted_revision
 from tests.conftest import SENTIMENT_ROWS
 from tests.test_cli import FULL, LORA, MASKED, PROMPTED, assert_same_weights, error_line, mezo, run_cli, train_arguments
 
@@ -125,6 +130,45 @@ def test_harmless_pickled_weights_are_refused_too(model_folder, tmp_path):
     (folder / "model.safetensors").unlink()
     with pytest.raises(UserError, match="no safetensors weights"):
         checkpoint_digest(str(folder))
+
+
+def test_the_copy_that_the_hubs_bot_converted(monkeypatch, model_folder, tmp_path):
+    """Of a repository with pickled weights alone; not one that somebody else offers under the bot's title."""
+    folder, asked = model_folder("llama"), []
+    digest = checkpoint_digest(str(folder))
+
+    def request(number, author, title="Adding `safetensors` variant of this model"):
+        return SimpleNamespace(git_reference=f"refs/pr/{number}", author=author, title=title)
+
+    def discussions(self, repo_id, **wanted):
+        asked.append((repo_id, wanted["discussion_type"], wanted["discussion_status"]))
+        return [request(3, "mallory"), request(4, "SFconvertbot", "Upload README.md"), *offered]
+
+    def cached_file(name, file, revision, **_):
+        found = Path(folder, file)
+        has = revision == "refs/pr/9" or "safetensors" not in file
+        return str(found) if has and found.exists() else None
+
+    monkeypatch.setattr("mezo.hub.HfApi.get_repo_discussions", discussions)
+    monkeypatch.setattr("mezo.fingerprint.cached_file", cached_file)
+    offered = [request(9, "SFconvertbot")]
+    config = MeZOConfig(model_name_or_path="facebook/opt-13b")
+    assert with_safetensors(config) == dataclasses.replace(config, model_revision="refs/pr/9")
+    assert asked == [("facebook/opt-13b", "pull_request", "open")]
+    assert checkpoint_digest("facebook/opt-13b", "refs/pr/9") == digest
+    offered = []
+    assert with_safetensors(config) == config
+    with pytest.raises(UserError, match="no safetensors weights"):
+        checkpoint_digest("facebook/opt-13b")
+    named = dataclasses.replace(config, model_revision="v1")
+    for other in (named, MeZOConfig(model_name_or_path=str(folder))):
+        assert with_safetensors(other) is other
+    assert len(asked) == 2
+
+
+def test_no_connection_to_the_hub(monkeypatch):
+    monkeypatch.setattr("mezo.hub.HfApi", lambda: HfApi(endpoint="http://127.0.0.1:9"))
+    assert converted_revision("facebook/opt-13b") is None
 
 
 @pytest.mark.parametrize("command", ["eval", "merge"])

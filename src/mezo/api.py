@@ -29,7 +29,14 @@ from mezo.encoding import make_encoder
 from mezo.engines.base import Engine
 from mezo.engines.torch.engine import TorchEngine, trained_parameters
 from mezo.engines.torch.layers import trainable_names
-from mezo.engines.torch.loading import LoadedModel, is_encoder, load_model, load_model_config, load_tokenizer
+from mezo.engines.torch.loading import (
+    LoadedModel,
+    is_encoder,
+    load_model,
+    load_model_config,
+    load_tokenizer,
+    with_safetensors,
+)
 from mezo.engines.torch.optimizer import make_optimizer
 from mezo.errors import JournalError, UserError
 from mezo.evaluation import Metrics, evaluate
@@ -147,6 +154,7 @@ def build_trainer(
     warning = looks_like_wrong_rate(config)
     if warning is not None:
         warnings.warn(warning, stacklevel=2)
+    config = with_safetensors(config)
     model_config = load_model_config(config)
     tokenizer = load_tokenizer(config)
     encoder_model = is_encoder(model_config)
@@ -439,6 +447,7 @@ def eval_model(config: MeZOConfig, adapter: str | Path | None = None, dataset: T
         contents = journal.read(journal_path)
         config = _filled_in(config, journal_config(contents))
         labels = contents.header["labels"] or None  # type: ignore[assignment]
+    config = with_safetensors(config)
     model_config = load_model_config(config)
     if labels is None and any("ForSequenceClassification" in a for a in model_config.architectures or ()):
         labels = [model_config.id2label[i] for i in range(model_config.num_labels)]

@@ -34,6 +34,7 @@ from mezo.engines.torch.loading import (
     load_model,
     load_model_config,
     load_tokenizer,
+    with_safetensors,
 )
 from mezo.errors import UserError
 from mezo.estimator import UNPERTURBED, Record, TwoPoint
@@ -181,7 +182,7 @@ def run(options: BenchOptions) -> list[Measurement]:
 
 def make_bench_engine(options: BenchOptions) -> TorchEngine:
     """The engine that `mezo train` would use, with random weights if that is asked for."""
-    config = options.config()
+    config = options.config() if options.random_weights else with_safetensors(options.config())
     model_config = load_model_config(config)
     encoder = is_encoder(model_config)
     kind = "masked_lm" if encoder else "causal_lm"

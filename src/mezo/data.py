@@ -174,7 +174,7 @@ def _load_named(name: str, dataset_config: str | None, splits: Sequence[str]) ->
                 return _load_file(path_files[split])
     try:
         found = load_dataset(name, dataset_config)
-    except (DatasetsError, OSError, ValueError, KeyError) as error:
+    except (DatasetsError, OSError, ValueError, KeyError, RuntimeError) as error:
         if path.is_dir() and path_files:
             raise UserError(
                 f"dataset_name {name!r} has no file {splits[0]}.jsonl or of another type that is known; it has "

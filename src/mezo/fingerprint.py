@@ -41,6 +41,11 @@ def checkpoint_tensor(model_name_or_path: str, revision: str, name: str) -> Tens
     return None
 
 
+def has_safetensors(model_name_or_path: str, revision: str = "main") -> bool:
+    """Whether a checkpoint has weights that are not pickled."""
+    return any(hub_file(model_name_or_path, name, revision) is not None for name in _NAMES)
+
+
 def weight_files(model_name_or_path: str, revision: str) -> list[Path]:
     """The safetensors files of a checkpoint.
 

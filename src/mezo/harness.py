@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mezo.api import load_adapter
 from mezo.config import MeZOConfig
-from mezo.engines.torch.loading import is_encoder, load_model, load_model_config, load_tokenizer
+from mezo.engines.torch.loading import is_encoder, load_model, load_model_config, load_tokenizer, with_safetensors
 from mezo.errors import UserError
 
 
@@ -51,6 +51,7 @@ def evaluate_with_harness(
         from lm_eval.tasks import TaskManager
     except ModuleNotFoundError:
         raise UserError("lm_eval needs lm-evaluation-harness: pip install 'mezo[lm-eval]'") from None
+    config = with_safetensors(config)
     if is_encoder(load_model_config(config)):
         raise UserError("lm-evaluation-harness evaluates decoders; this model is an encoder")
     if include_path is not None and not Path(include_path).is_dir():

@@ -1,13 +1,30 @@
-"""A finished run to the Hugging Face Hub."""
+"""The Hugging Face Hub: a finished run to it, converted weights from it."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError
 
 from mezo.errors import UserError
+
+_BOT, _BOTS_TITLE = "SFconvertbot", "Adding `safetensors` variant of this model"
+
+
+def converted_revision(repo_id: str) -> str | None:
+    """The pull request `refs/pr/N` in which the Hub's own bot offers a model's pickled weights as safetensors.
+
+    None if there is no such request, no such model or no connection.
+    """
+    try:
+        discussions = HfApi().get_repo_discussions(
+            repo_id, author=_BOT, discussion_type="pull_request", discussion_status="open"
+        )
+        # The author is asked for and looked at: anybody can open a request of that title.
+        found = [d.git_reference for d in discussions if d.author == _BOT and d.title == _BOTS_TITLE]
+    except Exception:  # as below
+        return None
+    return found[0] if found else None
 
 
 def push_run(run: Path, repo_id: str, *, private: bool | None = None) -> str:
@@ -33,7 +50,7 @@ def push_run(run: Path, repo_id: str, *, private: bool | None = None) -> str:
             ignore_patterns=["checkpoint-*", ".*", "*.partial"],
             commit_message="Trained with mezo",
         )
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # the Hub's client has had three HTTP libraries, each with errors of its own
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"push_to_hub {repo_id}: {reason}; the run is complete in {str(run)!r}") from None
     return str(address)

@@ -31,6 +31,7 @@ class Task:
         source: where template and label words come from.
         dataset_name: data set on the Hub.
         dataset_config: its configuration.
+        encoder_dataset_name: data set for encoders, if it is another.
         dataset_train_split: split to train on.
         dataset_test_split: split to report on.
         rows: function of `mezo.tasks.rows` that rows go through first.
@@ -47,6 +48,7 @@ class Task:
     source: str = ""
     dataset_name: str | None = None
     dataset_config: str | None = None
+    encoder_dataset_name: str | None = None
     dataset_train_split: str = "train"
     dataset_test_split: str = "validation"
     rows: str | None = None
@@ -79,9 +81,10 @@ class Task:
         else:  # by name or by number, as the data
             values |= {"label_words": {self._label(label): word for label, word in config.label_words.items()}}
         if config.dataset_name is None:
+            own = self.encoder_dataset_name if encoder_model else None
             values |= {
-                "dataset_name": self.dataset_name,
-                "dataset_config": config.dataset_config or self.dataset_config,
+                "dataset_name": own or self.dataset_name,
+                "dataset_config": config.dataset_config or (self.dataset_config if own is None else None),
             }
         if config.dataset_train_split == MeZOConfig.dataset_train_split:
             values |= {"dataset_train_split": self.dataset_train_split}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -27,7 +29,10 @@ from transformers.utils import logging as transformers_logging
 from mezo import philox
 from mezo.config import MeZOConfig
 from mezo.errors import UserError
-from mezo.fingerprint import is_hub_name, weight_files
+from mezo.fingerprint import has_safetensors, is_hub_name, weight_files
+from mezo.hub import converted_revision
+
+logger = logging.getLogger(__name__)
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _AUTO_CLASSES = {
@@ -40,6 +45,21 @@ _AUTO_CLASSES = {
 def device_for(config: MeZOConfig) -> torch.device:
     """The GPU if there is one and the config allows it."""
     return torch.device("cuda" if torch.cuda.is_available() and not config.use_cpu else "cpu")
+
+
+def with_safetensors(config: MeZOConfig) -> MeZOConfig:
+    """The config with the revision that has safetensors, where the Hub's main one has pickled weights alone.
+
+    That is the case of OPT. The revision then stands in the run's header, so replay and resume take the same.
+    """
+    name = config.model_name_or_path
+    if config.model_revision != "main" or not is_hub_name(name) or Path(name).exists() or has_safetensors(name):
+        return config
+    revision = converted_revision(name)
+    if revision is None:
+        return config
+    logger.warning("%s has pickled weights alone; taking the copy that the Hub's bot converted, %s", name, revision)
+    return dataclasses.replace(config, model_revision=revision)
 
 
 def load_model_config(config: MeZOConfig) -> PretrainedConfig:
