@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from methods_schedule import read
-from methods_settings import FIRST_ORDER, METHODS, TWINS, best_rate, key, rates
+from methods_settings import FIRST_ORDER, METHODS, TWINS, best_rate, key, tried_rates
 
 Row = dict[str, str]
 # The models' README: accuracy by step, seed 0, an independent implementation.
@@ -109,7 +109,7 @@ def table(found: list[Row], show: Callable[[str], None] = print) -> None:
         for method, of in methods.items():
             forwards, seconds = of.until(goal)
             rate, ends = float(of.curves[0][0]["learning_rate"]), of.ends()
-            edge = "yes" if _at_edge(method, of) else ""
+            edge = "yes" if _at_edge(found, task, method) else ""
             spread = f"{ends[0]:6.1f}-{ends[-1]:<6.1f}"
             show(f"{method:26} {len(ends):5} {rate:8.1e} {statistics.median(ends):8.1f} {spread} "
                  f"{forwards:9.0f} {seconds:8.1f}  {edge}")  # fmt: skip
@@ -125,18 +125,21 @@ def page_table(found: list[Row]) -> str:
         lines = [f"| method | {' | '.join(names)} |", "|---|" + "---|" * (2 + timed) * len(tasks)]
         for method in (*METHODS, *TWINS):
             if any(method in methods for methods in tasks.values()):
-                cells = [cell for methods in tasks.values() for cell in _cells(methods, method)[: 2 + timed]]
+                edges = [_at_edge(found, task, method) for task in tasks]
+                of = [_cells(m, method, edge) for m, edge in zip(tasks.values(), edges, strict=True)]
+                cells = [cell for some in of for cell in some[: 2 + timed]]
                 lines.append(f"| {method} | {' | '.join(cells)} |")
         tables += ["\n".join(lines)] if tasks else []
     return "\n\n".join(tables)
 
 
-def _at_edge(method: str, of: Finals) -> bool:
+def _at_edge(found: list[Row], task: str, method: str) -> bool:
     """Whether the best rate is the smallest or the largest that was tried."""
-    return method in METHODS and float(of.curves[0][0]["learning_rate"]) in (rates(method)[0], rates(method)[-1])
+    tried = tried_rates(found, task, method) if method in METHODS else set()
+    return len(tried) > 1 and best_rate(found, task, method) in (min(tried), max(tried))
 
 
-def _cells(methods: dict[str, Finals], method: str) -> tuple[str, str, str]:
+def _cells(methods: dict[str, Finals], method: str, at_edge: bool) -> tuple[str, str, str]:
     if method not in methods:
         return "", "", ""
     of = methods[method]
@@ -144,7 +147,7 @@ def _cells(methods: dict[str, Finals], method: str) -> tuple[str, str, str]:
     spread = {1: "one seed", 2: "two seeds: "}.get(len(ends), "") + f"{ends[0]:.1f}–{ends[-1]:.1f}" * (len(ends) > 1)
     reach = "–" if math.isinf(forwards) else f"{forwards:,.0f}"
     time = "" if math.isnan(seconds) else "–" if math.isinf(seconds) else f"{seconds:.1f}"
-    return f"{statistics.median(ends):.1f} ({spread})" + " †" * _at_edge(method, of), reach, time
+    return f"{statistics.median(ends):.1f} ({spread})" + " †" * at_edge, reach, time
 
 
 def with_table(page: str, name: str, table: str) -> str:

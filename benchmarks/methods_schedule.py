@@ -17,6 +17,7 @@ from methods_settings import (
     best_rate,
     forwards_per_step,
     key,
+    next_rate,
     rates,
     share_of,
 )
@@ -114,7 +115,9 @@ class Schedule:
         return self.have.issuperset(self._tuning(task, method))
 
     def _tuning(self, task: str, method: str) -> list[Job]:
-        return [Job(task, method, rate, self.options.seeds[0], "train") for rate in rates(method)]
+        beyond = next_rate(self.found, task, method)
+        wanted = rates(method) if beyond is None else [*rates(method), beyond]
+        return [Job(task, method, rate, self.options.seeds[0], "train") for rate in wanted]
 
     def _methods(self) -> Iterator[Job]:
         for task, method in self._pairs():

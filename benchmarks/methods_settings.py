@@ -80,6 +80,7 @@ METHODS: dict[str, tuple[dict[str, Any], float]] = {
         {"estimator": "fzoo", "num_queries": 8, "trainable_layers": "last:2", "lr_scheduler_type": "linear"},
         1e-2,
     ),
+    "fzoo, 8 queries, low rank": ({**LOW_RANK, "estimator": "fzoo", "num_queries": 8}, 3e-3),
     "mezo prefix": ({"use_peft": True, "peft_type": "prefix_tuning", "epsilon": 1e-1}, 1e-1),
 }
 # Options beside those of another method, at whose learning rate they run.
@@ -94,7 +95,7 @@ TWINS: dict[str, tuple[str, dict[str, Any]]] = {
         {"dtype": "bfloat16", "engine": "sglang", "sglang_engine_args": {"mem_fraction_static": "0.2"}},
     ),
 }
-NUM_RATES = 4
+NUM_RATES, MORE_RATES = 4, 2  # that every method tries, and beyond the largest or smallest while that is the best
 PARTS = ("time", "methods", "published", "long", "twins")
 # Plain MeZO on all of the 1,000 rows, at the rates and steps of the models' README.
 PUBLISHED = [("minilm-mlm/sst2", 1e-5), ("minilm-mlm/sst2", 3e-5), ("reviews-llama/sst2", 3e-5)]
@@ -125,8 +126,29 @@ def options_of(method: str) -> dict[str, Any]:
 
 
 def rates(method: str) -> list[float]:
-    """The learning rates that are tried, half a decade apart."""
-    return [float(f"{METHODS[method][1] * 10 ** (-n / 2):.1e}") for n in range(NUM_RATES)]
+    """The learning rates that are tried in any case, half a decade apart, the largest first."""
+    return [_rate(method, n) for n in range(NUM_RATES)]
+
+
+def _rate(method: str, place: int) -> float:
+    return float(f"{METHODS[method][1] * 10 ** (-place / 2):.1e}")
+
+
+def next_rate(found: list[dict[str, str]], task: str, method: str) -> float | None:
+    """The rate beyond the best one, if that is the largest or the smallest of those that were tried so far."""
+    place = {_rate(method, n): n for n in range(-MORE_RATES, NUM_RATES + MORE_RATES)}
+    tried = sorted(place[rate] for rate in tried_rates(found, task, method))
+    best = best_rate(found, task, method)
+    if len(tried) < NUM_RATES or best is None or len(tried) >= NUM_RATES + MORE_RATES:
+        return None
+    beyond = {tried[0]: tried[0] - 1, tried[-1]: tried[-1] + 1}.get(place[best])
+    return None if beyond is None else _rate(method, beyond)
+
+
+def tried_rates(found: list[dict[str, str]], task: str, method: str) -> set[float]:
+    """The rates that were tried, with the first seed."""
+    runs = [row for row in found if (row["task"], row["method"], row["phase"]) == (task, method, "train")]
+    return {float(row["learning_rate"]) for row in runs if row["seed"] == runs[0]["seed"]}
 
 
 def forwards_per_step(method: str) -> int:

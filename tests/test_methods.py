@@ -96,6 +96,32 @@ def test_what_is_run_and_what_is_left_out(tmp_path, measured, capsys):
     assert len(methods_schedule.read(options.output)) == 2 * 7
 
 
+@pytest.mark.parametrize(
+    ("best", "places"),  # of the rates that are tried, in half decades below the largest of the four
+    [(-1, [0, 1, 2, 3, -1, -2]), (-5, [0, 1, 2, 3, -1, -2]), (4, [0, 1, 2, 3, 4, 5]), (2, [0, 1, 2, 3])],
+    ids=["bracketed", "beyond two more", "below", "among the four"],
+)
+def test_rates_go_on_until_the_best_is_between_others(tmp_path, measured, monkeypatch, best, places):
+    rate = {n: float(f"{1e-4 * 10 ** (-n / 2):.1e}") for n in range(-6, 7)}
+    place = {value: n for n, value in rate.items()}
+    ran = []
+
+    def run(job, options):
+        ran.append(job)
+        return rows_for(job, [(0, 0.5, 0.7), (4000, 0.8, 0.3 + 0.01 * abs(place[job.learning_rate] - best))])
+
+    options = options_for(tmp_path, "--methods", "mezo", "--parts", "methods")
+    monkeypatch.setattr(methods, "run", run)
+    methods.measure(options)
+    assert [place[job.learning_rate] for job in ran if job.seed == 0] == places
+    chosen = max(min(best, max(places)), min(places))
+    assert {place[job.learning_rate] for job in ran if job.seed} == {chosen}
+    assert len(ran) == len(places) + 2
+    found = methods_schedule.read(options.output)
+    assert methods_report._at_edge(found, "minilm-mlm/sst2", "mezo") == (chosen != best)
+    assert methods.plan(options) == []
+
+
 def test_a_run_that_failed_is_tried_again(tmp_path, measured, capsys):
     options = options_for(tmp_path, "--methods", "mezo")
     assert len(measured(options, fails=6)) == 7
