@@ -6,11 +6,11 @@
 
 methods: 1,000 training rows, of which a fifth is held out. Every method tries four learning rates, half a decade apart,
 for `--forwards` passes with the first seed ("a third": a third of them), and up to two more while the best is the
-largest or the smallest; the one that ends with the lowest held-out loss runs with the other seeds too. A run that gets worse than the untrained model ends there. The
-official validation rows (1,000 at most) are only reported. A backward pass counts as two forward passes. published:
-plain MeZO at the rates of the models' README, on all 1,000 rows. long: 100,000 steps of plain MeZO, in segments that go
-on from the run's journal in `--work`; a bfloat16 model's LoRA takes half the time of all parameters in float32, and
-those in bfloat16 lose themselves in rounding.
+largest or the smallest; the one that ends with the lowest held-out loss runs with the other seeds too. A run that gets
+worse than the untrained model ends there. The official validation rows (1,000 at most) are only reported. A backward
+pass counts as two forward passes. published: plain MeZO at the rates of the models' README, on all 1,000 rows. long:
+100,000 steps of plain MeZO, in segments that go on from the run's journal in `--work`; a bfloat16 model's LoRA takes
+half the time of all parameters in float32, and those in bfloat16 lose themselves in rounding.
 twins: other types and engines at another method's rate.
 
 time: what a step takes, `--time_steps` of them one method after the other, before anything else; give it a GPU of its
