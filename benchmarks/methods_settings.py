@@ -51,6 +51,10 @@ METHODS: dict[str, tuple[dict[str, Any], float]] = {
         {**LOW_RANK, "direction": "subspace", "direction_rank": 16, "optim": "adam", "num_queries": 4},
         3e-3,
     ),
+    "subspace, muon, 4 queries": (
+        {**LOW_RANK, "direction": "subspace", "direction_rank": 16, "optim": "muon", "num_queries": 4},
+        3e-3,
+    ),
     "fzoo lora, 8 queries": ({**LORA, "epsilon": 1e-2, "estimator": "fzoo", "num_queries": 8}, 3e-2),
     f"{FIRST_ORDER} lora": (LORA, 1e-2),
     "lozo": (LOW_RANK, 1e-4),

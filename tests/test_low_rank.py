@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.optim._muon import _zeropower_via_newtonschulz
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mezo import MeZOConfig, UserError, mezo_finetune, philox
@@ -18,7 +19,7 @@ from mezo.engines.torch.engine import TorchEngine
 from mezo.engines.torch.generation import generate
 from mezo.engines.torch.graphs import Graphs
 from mezo.engines.torch.low_rank import LowRank
-from mezo.engines.torch.optimizer import Adam, Momentum
+from mezo.engines.torch.optimizer import Adam, Momentum, Muon
 from mezo.engines.torch.perturbed import BATCHED_MODELS, PerturbedForward
 from mezo.engines.torch.space import ParameterSpace
 from mezo.estimator import Probe, Record, TwoPoint
@@ -392,6 +393,33 @@ def test_momentum_and_adam_are_pytorchs_on_what_is_drawn(kind, optim):
         assert torch.allclose(state.folded("b").double(), expected_b, atol=1e-5), step
 
 
+def test_muon_orthogonalises_cores():
+    """Against the singular vectors of the momentum and, for vectors, Adam; one core is of rank 2, one is 0."""
+    rank, optimizer = 4, Muon(0.9, 4, 0.8, 0.95, 1e-6)
+    adam = Adam(0.8, 0.95, 1e-6)
+    optimizer.num_matrix = 3 * rank * rank
+    generator = torch.Generator().manual_seed(0)
+    mean = torch.zeros(3, rank, rank, dtype=torch.float64)
+    for _ in range(3):
+        cores = torch.randn(3, rank, rank, generator=generator) * torch.tensor([1e-3, 1e3, 0.0])[:, None, None]
+        cores[1, :, 2:] = 0.0
+        vectors = torch.randn(5, generator=generator)
+        step = optimizer.step(torch.cat((cores.flatten(), vectors)))
+        mean = 0.9 * mean + 0.1 * cores.double()
+        assert torch.equal(step[-5:], adam.step(vectors))
+        found = step[:-5].view(3, rank, rank).double() / math.sqrt(rank)
+        u, s, v = torch.linalg.svd(mean)
+        inside = u.mT @ found @ v.mT  # what is left of the singular values
+        diagonal = inside.diagonal(dim1=1, dim2=2)
+        assert (inside - torch.diag_embed(diagonal)).abs().max() < 1e-4
+        large = s > 0.1 * s[:, :1].clamp(min=1e-30)
+        assert large.sum(dim=1).tolist()[1:] == [2, 0] and large[0].sum() > 1
+        assert ((diagonal[large] > 0.6) & (diagonal[large] < 1.3)).all()
+        assert (diagonal[s == 0.0].abs() < 1e-4).all() and (found[2] == 0.0).all()
+        theirs = _zeropower_via_newtonschulz(mean[0].float(), Muon.coefficients, 5, 1e-7)  # in bfloat16
+        assert (theirs - found[0]).abs().max() < 0.05
+
+
 # --- runs -----------------------------------------------------------------------------------------------------------
 
 
@@ -408,7 +436,9 @@ def tensors(folder):
 
 
 @pytest.mark.parametrize(
-    "kind", [LOW_RANK, {**SUBSPACE, "num_queries": 2, "optim": "adam"}], ids=["low rank", "subspace"]
+    "kind",
+    [LOW_RANK, *({**SUBSPACE, "num_queries": 2, "optim": optim} for optim in ("adam", "muon"))],
+    ids=["low rank", "subspace", "subspace, muon"],
 )
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("steps", [8, 10], ids=["folded", "within a window"])
@@ -444,6 +474,7 @@ def test_it_learns(model_folder, tmp_path):
     [
         ({"use_peft": True}, "an adapter is of low rank already"),
         ({"normalize_perturbations": True}, "needs direction dense"),
+        ({"optim": "muon"}, "needs direction subspace"),
         ({"direction_rank": 0}, "direction_rank must be at least 1"),
     ],
 )

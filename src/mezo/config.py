@@ -122,8 +122,9 @@ class MeZOConfig:
         clip_quantile: Limit |projected_grad| of spsa to this quantile of the values before; off if not given.
         clip_window: How many values before.
         optim: sgd; momentum (the mean of past estimates, decaying) or adam where the state is small: adapters, and
-            low-rank directions, whose state starts anew with each window.
-        momentum: Decay of momentum.
+            low-rank directions, whose state starts anew with each window; muon, which orthogonalises a subspace's
+            momentum.
+        momentum: Decay of momentum, muon's too.
         adam_beta1: Decay of Adam's first moment.
         adam_beta2: Decay of its second moment.
         adam_epsilon: Added to the root of the second moment.
@@ -223,7 +224,7 @@ class MeZOConfig:
     num_queries: int = 1
     clip_quantile: float | None = None
     clip_window: int = 100
-    optim: Literal["sgd", "momentum", "adam"] = "sgd"
+    optim: Literal["sgd", "momentum", "adam", "muon"] = "sgd"
     momentum: float = 0.9
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
@@ -302,6 +303,10 @@ class MeZOConfig:
         yield (
             self.optim != "sgd" and not (self.use_peft or low_rank),
             f"optim {self.optim} keeps a state as large as the weights; it is for adapters and directions of low rank",
+        )
+        yield (
+            self.optim == "muon" and self.direction != "subspace",
+            "optim muon orthogonalises the r x r matrices of a subspace; it needs direction subspace",
         )
         yield self.optim != "sgd" and self.engine == "sglang", f"optim {self.optim} needs engine torch"
         yield (

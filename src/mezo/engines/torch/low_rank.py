@@ -34,7 +34,7 @@ from torch.nn import functional as F
 
 from mezo import philox
 from mezo.engines.torch.buffer import ProbeBuffers
-from mezo.engines.torch.optimizer import Optimizer
+from mezo.engines.torch.optimizer import Muon, Optimizer
 from mezo.engines.torch.rounding import stochastic_round
 from mezo.engines.torch.space import CHUNK, ParameterSpace
 from mezo.estimator import Probe, Record
@@ -86,6 +86,8 @@ class LowRank:
         }
         for name, vector in vectors.items():
             collected[name].copy_(vector.detach())
+        if isinstance(optimizer, Muon):
+            optimizer.num_matrix = self.num_left
         self._collected = ParameterSpace(collected, widths=space.widths, optimizer=optimizer)
         # −0 + x is x: U alone where B is kept apart.
         bases = {name: torch.full_like(t, -0.0) if t.ndim > 1 else t for name, t in collected.items()}
