@@ -8,7 +8,7 @@ soonest to the accuracy of plain MeZO at 2,000 steps, in seconds as a ratio to p
 that were timed by the geometric mean; if none gets there on all of those, the most accurate. Plain MeZO is that of the
 same kind, itself a candidate, and of upper layers that of all parameters, which is none, as first-order methods are
 none. The learning rate is the median of the tuned ones, the lower of two. Where a task was not measured, the others
-decide. RTE is left out: nothing leaves chance there, first order neither. (Until 2026-11-28 the rule looked at SST-2
+decide. RTE is left out, where no forward method leaves chance. (Until 2026-11-28 the rule looked at SST-2
 alone, which had been measured by then, and took the smaller rate.)
 
 `--write` puts the choices into src/mezo/auto.yaml and the table of docs/methods.md; what was not measured stays there.

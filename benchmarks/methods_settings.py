@@ -176,13 +176,22 @@ def key(row: dict[str, Any]) -> Job:
 
 
 def best_rate(found: list[dict[str, str]], task: str, method: str) -> float | None:
-    """The rate whose last held-out loss is the lowest with the first seed, of those that did not diverge."""
+    """The rate whose last held-out loss is the lowest with the first seed, of those that did not diverge.
+
+    Of first-order methods the one whose held-out accuracy is the highest: they fit their rows so closely that the loss
+    grows while accuracy does.
+    """
     if method in TWINS:
         return best_rate(found, task, TWINS[method][0])
     runs = [row for row in found if (row["task"], row["method"], row["phase"]) == (task, method, "train")]
     whole = [row for row in runs if row["seed"] == runs[0]["seed"] and not row["end"]]
-    last = {float(row["learning_rate"]): float(row["held_out_loss"]) for row in whole}
-    return min(last, key=lambda rate: last[rate]) if last else None
+    last = {float(row["learning_rate"]): row for row in whole}
+
+    def worse(rate: float) -> tuple[float, float]:
+        loss, accuracy = float(last[rate]["held_out_loss"]), float(last[rate].get("held_out_accuracy", 0.0))
+        return (-accuracy if method.startswith(FIRST_ORDER) else 0.0), loss
+
+    return min(last, key=worse) if last else None
 
 
 class Estimate:

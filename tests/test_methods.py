@@ -28,7 +28,7 @@ import methods_report
 import methods_schedule
 import methods_settings
 import plain_rows
-from methods_settings import METHODS, TWINS, Job, forwards_per_step, options_of, rates
+from methods_settings import METHODS, TWINS, Job, best_rate, forwards_per_step, options_of, rates
 
 FIRST = ["--models", "models", "--data", "data", "--tasks", "minilm-mlm/sst2"]
 
@@ -120,6 +120,18 @@ def test_rates_go_on_until_the_best_is_between_others(tmp_path, measured, monkey
     found = methods_schedule.read(options.output)
     assert methods_report._at_edge(found, "minilm-mlm/sst2", "mezo") == (chosen != best)
     assert methods.plan(options) == []
+
+
+def test_first_orders_rate_is_chosen_by_accuracy():
+    """Of equal ones by loss; a forward method's by loss alone."""
+    found = []
+    for rate, accuracy, loss in ((1e-4, 0.8, 0.9), (3.2e-5, 0.8, 0.7), (1e-5, 0.7, 0.4)):
+        for method in ("first order lora", "mezo"):
+            job = Job("minilm-mlm/sst2", method, rate, 0, "train")
+            (row,) = rows_for(job, [(4000, 0.5, loss)])
+            found.append({name: str(value) for name, value in {**row, "held_out_accuracy": accuracy}.items()})
+    assert best_rate(found, "minilm-mlm/sst2", "first order lora") == 3.2e-5
+    assert best_rate(found, "minilm-mlm/sst2", "mezo") == 1e-5
 
 
 def test_a_run_that_failed_is_tried_again(tmp_path, measured, capsys):
