@@ -146,9 +146,10 @@ def test_the_copy_that_the_hubs_bot_converted(monkeypatch, model_folder, tmp_pat
 
     def cached_file(name, file, revision, **_):
         found = Path(folder, file)
-        has = revision == "refs/pr/9" or "safetensors" not in file
-        return str(found) if has and found.exists() else None
+        return str(found) if revision == "refs/pr/9" and found.exists() else None
 
+    sound = []
+    monkeypatch.setattr("mezo.hub.HfApi.file_exists", lambda self, repo_id, file: file in sound)
     monkeypatch.setattr("mezo.hub.HfApi.get_repo_discussions", discussions)
     monkeypatch.setattr("mezo.fingerprint.cached_file", cached_file)
     offered = [request(9, "SFconvertbot")]
@@ -160,6 +161,8 @@ def test_the_copy_that_the_hubs_bot_converted(monkeypatch, model_folder, tmp_pat
     assert with_safetensors(config) == config
     with pytest.raises(UserError, match="no safetensors weights"):
         checkpoint_digest("facebook/opt-13b")
+    sound.append("model.safetensors.index.json")
+    assert with_safetensors(config) == config
     named = dataclasses.replace(config, model_revision="v1")
     for other in (named, MeZOConfig(model_name_or_path=str(folder))):
         assert with_safetensors(other) is other

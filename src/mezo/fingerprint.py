@@ -14,7 +14,7 @@ from transformers.utils import cached_file
 from mezo.engines.torch.space import TensorHasher
 from mezo.errors import UserError
 
-_NAMES = ("model.safetensors", "model.safetensors.index.json")
+WEIGHT_NAMES = ("model.safetensors", "model.safetensors.index.json")
 
 
 def checkpoint_digest(model_name_or_path: str, revision: str = "main") -> str:
@@ -41,18 +41,13 @@ def checkpoint_tensor(model_name_or_path: str, revision: str, name: str) -> Tens
     return None
 
 
-def has_safetensors(model_name_or_path: str, revision: str = "main") -> bool:
-    """Whether a checkpoint has weights that are not pickled."""
-    return any(hub_file(model_name_or_path, name, revision) is not None for name in _NAMES)
-
-
 def weight_files(model_name_or_path: str, revision: str) -> list[Path]:
     """The safetensors files of a checkpoint.
 
     Raises:
         UserError: there are none, or one is missing. Pickled weights can run code when they are loaded; they never are.
     """
-    for name in _NAMES:
+    for name in WEIGHT_NAMES:
         found = hub_file(model_name_or_path, name, revision)
         if found is None:
             continue
@@ -64,9 +59,9 @@ def weight_files(model_name_or_path: str, revision: str) -> list[Path]:
             raise UserError(f"model_name_or_path {model_name_or_path!r}: {shards[paths.index(None)]} is missing")
         return [path for path in paths if path is not None]
     raise UserError(
-        f"model_name_or_path {model_name_or_path!r}: no safetensors weights, neither of {', '.join(_NAMES)}. Pickled "
-        "ones (pytorch_model.bin) can run code and are not loaded; give a model_revision with safetensors (the Hub's "
-        "converted copies are refs/pr/N) or convert them"
+        f"model_name_or_path {model_name_or_path!r}: no safetensors weights, neither of {', '.join(WEIGHT_NAMES)}. "
+        "Pickled ones (pytorch_model.bin) can run code and are not loaded; give a model_revision with safetensors (the "
+        "Hub's converted copies are refs/pr/N) or convert them"
     )
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from huggingface_hub import HfApi
 
 from mezo.errors import UserError
+from mezo.fingerprint import WEIGHT_NAMES
 
 _BOT, _BOTS_TITLE = "SFconvertbot", "Adding `safetensors` variant of this model"
 
@@ -14,10 +15,13 @@ _BOT, _BOTS_TITLE = "SFconvertbot", "Adding `safetensors` variant of this model"
 def converted_revision(repo_id: str) -> str | None:
     """The pull request `refs/pr/N` in which the Hub's own bot offers a model's pickled weights as safetensors.
 
-    None if there is no such request, no such model or no connection.
+    None if its main revision has some, or there is no such request, no such model or no connection. Nothing is loaded.
     """
+    api = HfApi()
     try:
-        discussions = HfApi().get_repo_discussions(
+        if any(api.file_exists(repo_id, name) for name in WEIGHT_NAMES):
+            return None
+        discussions = api.get_repo_discussions(
             repo_id, author=_BOT, discussion_type="pull_request", discussion_status="open"
         )
         # The author is asked for and looked at: anybody can open a request of that title.

@@ -29,7 +29,7 @@ from transformers.utils import logging as transformers_logging
 from mezo import philox
 from mezo.config import MeZOConfig
 from mezo.errors import UserError
-from mezo.fingerprint import has_safetensors, is_hub_name, weight_files
+from mezo.fingerprint import is_hub_name, weight_files
 from mezo.hub import converted_revision
 
 logger = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ def with_safetensors(config: MeZOConfig) -> MeZOConfig:
     That is the case of OPT. The revision then stands in the run's header, so replay and resume take the same.
     """
     name = config.model_name_or_path
-    if config.model_revision != "main" or not is_hub_name(name) or Path(name).exists() or has_safetensors(name):
+    if config.model_revision != "main" or not is_hub_name(name) or Path(name).exists():
         return config
     revision = converted_revision(name)
     if revision is None:

@@ -97,7 +97,7 @@ def orthogonalised(matrix_Krr: Tensor, coefficients: tuple[float, float, float],
     """U Vᵀ of each of K matrices U Σ Vᵀ, about; a matrix of zeros stays one."""
     a, b, c = coefficients
     norm_K11 = _root(_sum(_sum(matrix_Krr * matrix_Krr, 2), 1))[:, None, None]
-    x_Krr = matrix_Krr / (norm_K11 + 1e-30)
+    x_Krr = matrix_Krr / (norm_K11 + 1e-15)
     for _ in range(steps):
         gram_Krr = _product(x_Krr, x_Krr.mT)
         x_Krr = x_Krr * a + _product(gram_Krr * b + _product(gram_Krr, gram_Krr) * c, x_Krr)
