@@ -7,17 +7,17 @@ sums, captured passes from plain ones too; a short run on the GPU must replay to
 """
 
 import argparse
-import csv
 import dataclasses
 import functools
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from provenance import provenance
+from provenance import provenance, write
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
@@ -389,6 +389,10 @@ PER_TYPE: dict[str, Callable[[torch.dtype], bool]] = {
 }
 
 
+def _shown(result: object) -> object:
+    return ("PASS" if result else "FAIL") if isinstance(result, bool) else result
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", default=str(Path(tempfile.gettempdir()) / "gpu_check.csv"))
@@ -427,15 +431,13 @@ def main() -> int:
     results: dict[str, object] = {}
     for name, run in checks.items():
         started = time.perf_counter()
-        results[name] = run()
-        shown = {True: "PASS", False: "FAIL"}.get(results[name], results[name])  # type: ignore[call-overload]
-        print(f"{name:60} {shown}   {time.perf_counter() - started:.1f} s", flush=True)
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["check", "result", *provenance()])
-        for name, result in results.items():
-            shown = {True: "PASS", False: "FAIL"}.get(result, result) if isinstance(result, bool) else result
-            writer.writerow([name, shown, *provenance().values()])
+        try:
+            results[name] = run()
+        except Exception:  # the others have something to say all the same
+            traceback.print_exc()
+            results[name] = False
+        print(f"{name:60} {_shown(results[name])}   {time.perf_counter() - started:.1f} s", flush=True)
+        write(path, [{"check": what, "result": _shown(found), **provenance()} for what, found in results.items()])
     return int(False in results.values())
 
 
