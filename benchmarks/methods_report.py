@@ -242,6 +242,34 @@ def plot_task(task: str, methods: dict[str, Finals], wanted: Sequence[str], path
     figure.savefig(path, dpi=110)
 
 
+def plot_every(task: str, methods: dict[str, Finals], path: Path) -> None:
+    """Accuracy of every method against forward passes, a panel each, with plain MeZO's in gray."""
+    from matplotlib.figure import Figure
+
+    plain = methods["mezo"].bands()
+    names = [name for name in (*METHODS, *TWINS) if name in methods]
+    columns = 5
+    rows = -(-len(names) // columns)
+    figure = Figure(figsize=(2.6 * columns, 1.9 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
+    for number, name in enumerate(names):
+        panel = panels[number]
+        forwards, _, low, middle, high = zip(*methods[name].bands(), strict=True)
+        panel.plot([band[0] for band in plain], [band[3] for band in plain], color="gray", linewidth=1)
+        panel.plot(forwards, middle, color="C0")
+        panel.fill_between(forwards, low, high, color="C0", alpha=0.15, linewidth=0)
+        panel.set_title(name, fontsize=7)
+        panel.tick_params(labelsize=7, labelbottom=number >= len(names) - columns)
+        panel.grid(alpha=0.3)
+    for panel in panels[len(names) :]:
+        panel.set_visible(False)
+    panels[0].set_xlim(0, 1.02 * plain[-1][0])
+    figure.supxlabel("forward passes", fontsize=8)
+    figure.supylabel("accuracy, %", fontsize=8)
+    figure.suptitle(f"{task}, plain MeZO in gray", fontsize=9)
+    figure.savefig(path, dpi=90)
+
+
 def plot_long(runs: dict[str, list[Row]], path: Path) -> None:
     """Accuracy and held-out loss against steps."""
     from matplotlib.figure import Figure
@@ -285,7 +313,9 @@ def main() -> None:
     for task, methods in finals(found).items():
         if "mezo" not in methods:
             continue
-        plot_task(task, methods, options.methods, options.output / f"methods-{task.replace('/', '-')}.png")
+        name = f"methods-{task.replace('/', '-')}"
+        plot_task(task, methods, options.methods, options.output / f"{name}.png")
+        plot_every(task, methods, options.output / f"{name}-every.png")
     if runs:
         plot_long(runs, options.output / "methods-long.png")
 
