@@ -64,8 +64,8 @@ class Schedule:
 
     def __init__(self, options: argparse.Namespace):
         self.options = options
-        self.found = read(options.output)
-        self.have = {key(row) for row in self.found}
+        last = {key(row): row for row in read(options.output)}
+        self.found, self.have = list(last.values()), set(last)  # the last row of each run says what is asked here
         self.under_way: set[Job] = set()
 
     def todo(self) -> Iterator[Job]:
@@ -106,7 +106,7 @@ class Schedule:
         self.have.add(job)
         if rows:
             append(self.options.output, rows)
-            self.found += [{name: str(value) for name, value in row.items()} for row in rows]
+            self.found.append({name: str(value) for name, value in rows[-1].items()})
 
     def _pairs(self) -> list[tuple[str, str]]:
         return [(task, method) for method in self.options.methods for task in self.options.tasks]

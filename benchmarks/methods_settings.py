@@ -151,8 +151,13 @@ def next_rate(found: list[dict[str, str]], task: str, method: str) -> float | No
 
 def tried_rates(found: list[dict[str, str]], task: str, method: str) -> set[float]:
     """The rates that were tried, with the first seed."""
+    return {float(row["learning_rate"]) for row in _tuning_rows(found, task, method)}
+
+
+def _tuning_rows(found: list[dict[str, str]], task: str, method: str) -> list[dict[str, str]]:
+    """The rows of the first seed, which all rates are tried with."""
     runs = [row for row in found if (row["task"], row["method"], row["phase"]) == (task, method, "train")]
-    return {float(row["learning_rate"]) for row in runs if row["seed"] == runs[0]["seed"]}
+    return [row for row in runs if row["seed"] == runs[0]["seed"]]
 
 
 def forwards_per_step(method: str) -> int:
@@ -183,13 +188,11 @@ def best_rate(found: list[dict[str, str]], task: str, method: str) -> float | No
     """
     if method in TWINS:
         return best_rate(found, task, TWINS[method][0])
-    runs = [row for row in found if (row["task"], row["method"], row["phase"]) == (task, method, "train")]
-    whole = [row for row in runs if row["seed"] == runs[0]["seed"] and not row["end"]]
-    last = {float(row["learning_rate"]): row for row in whole}
+    last = {float(row["learning_rate"]): row for row in _tuning_rows(found, task, method) if not row["end"]}
 
-    def worse(rate: float) -> tuple[float, float]:
-        loss, accuracy = float(last[rate]["held_out_loss"]), float(last[rate].get("held_out_accuracy", 0.0))
-        return (-accuracy if method.startswith(FIRST_ORDER) else 0.0), loss
+    def worse(rate: float) -> tuple[float, ...]:
+        loss = float(last[rate]["held_out_loss"])
+        return (-float(last[rate]["held_out_accuracy"]), loss) if method.startswith(FIRST_ORDER) else (loss,)
 
     return min(last, key=worse) if last else None
 

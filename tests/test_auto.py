@@ -385,7 +385,8 @@ def measured(task, method, ends, soon=2000, rate=None, milliseconds=10.0):
                 accuracy = 0.5 if point == 0 else end
                 forwards = 2 * point
                 rows.append({**job._asdict(), "step": forwards // passes, "forwards": forwards, "accuracy": accuracy,
-                             "held_out_loss": 1 - accuracy, "milliseconds_per_step": milliseconds * passes / 2,
+                             "held_out_accuracy": accuracy, "held_out_loss": 1 - accuracy,
+                             "milliseconds_per_step": milliseconds * passes / 2,
                              "end": "", "commit": "abc", "device": "a GPU"})  # fmt: skip
     return [{name: str(value) for name, value in row.items()} for row in rows]
 
