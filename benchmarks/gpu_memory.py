@@ -1,0 +1,153 @@
+"""Memory of training on a GPU: over rows of mixed lengths from the first step on, and under `max_memory_gb`.
+
+    python benchmarks/gpu_memory.py [--methods "low rank" …] [--mixed opt-13b] [--limited opt-1.3b] [--output FILE.csv]
+
+Mixed: six batches of 16 rows of 40 to 400 tokens, each three times, so that passes are captured on the way, and a
+window's end; the most that was allocated, with what captured passes keep, against two plain passes over the same
+batches by a process that holds the weights alone. Limited: 64 rows of 256 tokens in float32, with half of what training
+takes beside the weights; losses, updated parameters and the memory that was reserved against a run without a limit.
+Prints PASS or FAIL. Random weights of real shapes; nothing is read from a hub.
+"""
+
+import argparse
+import gc
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from gpu_step import METHODS, SHAPES, make_folder
+from provenance import provenance, write
+
+from mezo.api import limit_memory
+from mezo.bench import (
+    BenchOptions,
+    make_bench_engine,
+    make_examples,
+    mezo_step,
+    peak_memory,
+    plain_peak,
+    reset_peak,
+    window_ends,
+)
+from mezo.engines.torch.engine import TorchEngine
+from mezo.estimator import Record, TwoPoint
+from mezo.objective import Example, Target, TokenSequence
+
+BATCHES, ROWS, TOKENS, TIMES = 6, 16, (40, 400), 3
+MOST = 1.04  # times plain inference
+LIMITED_ROWS, LIMITED_TOKENS, STEPS = 64, 256, 3
+
+
+def mixed_batches(vocab_size: int) -> list[list[Example]]:
+    """Random rows, whose last tokens are the answers; each batch has one of the most tokens."""
+    generator = torch.Generator().manual_seed(0)
+    batches = []
+    for _ in range(BATCHES):
+        lengths = torch.randint(TOKENS[0], TOKENS[1] + 1, (ROWS,), generator=generator).tolist()
+        rows = [torch.randint(vocab_size, (n,), generator=generator).tolist() for n in (*lengths[1:], TOKENS[1])]
+        batches.append([Example((TokenSequence(tuple(r), (Target(len(r) - 2, r[-1], 0),)),)) for r in rows])
+    return batches
+
+
+def mixed(options: BenchOptions) -> dict[str, Any]:
+    """Memory of plain inference and of training, in GiB."""
+    engine = make_bench_engine(options)
+    device = engine.model.device
+    batches = mixed_batches(engine.model.config.vocab_size)
+    plain = plain_peak(engine, TorchEngine(engine._transformer, engine.tokenizer), batches)
+    highest = 0.0
+    with engine.deferring():
+        for step, batch in enumerate(batches * TIMES):
+            kept = engine.graph_bytes / 2**20  # not counted as allocated, but while it is captured
+            reset_peak(device)
+            mezo_step(engine, batch, step)
+            highest = max(highest, peak_memory(device) + kept)
+    if engine._low_rank is not None:
+        reset_peak(device)
+        window_ends(engine, 1)
+        highest = max(highest, peak_memory(device) + engine.graph_bytes / 2**20)
+    ratio = highest / plain
+    captured = engine._graphs is not None and any(k.graph is not None for k in engine._graphs._kept.values())
+    return {
+        "rows": ROWS, "tokens": "{} to {}".format(*TOKENS), "plain_gib": plain / 1024, "peak_gib": highest / 1024,
+        "ratio": ratio, "captured": captured, "passed": ratio <= MOST,
+    }  # fmt: skip
+
+
+def trained(options: BenchOptions, gigabytes: float | None) -> tuple[torch.Tensor, str, int, int, bool]:
+    """Losses [steps, 2, N] of some steps, the parameters' digest after them, bytes of the weights and at most reserved,
+    and whether passes were cut."""
+    torch.manual_seed(0)
+    engine = make_bench_engine(options)
+    examples, estimator = make_examples(options, engine), TwoPoint(0, 1e-3)
+    weights = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    if gigabytes is not None:
+        limit_memory(gigabytes, engine.model.device)
+    losses = []
+    for step in range(STEPS):
+        probes = estimator.probes(step)
+        losses.append(engine.losses(examples, probes).cpu())
+        engine.update([Record(step, probes[0].seed, 0.0, 0.0, 0.5, 1e-6, 1, len(examples))])
+    cut = engine._most_tokens < float("inf")
+    return torch.stack(losses), engine.digest(), weights, torch.cuda.max_memory_reserved(), cut
+
+
+def limited(options: BenchOptions) -> dict[str, Any]:
+    """How far losses under a limit are from those without, and whether memory kept to it."""
+    expected, digest, weights, unlimited, _ = trained(options, None)
+    free()
+    limit = (weights + (unlimited - weights) / 2) / 1e9
+    try:
+        losses, limited_digest, _, reserved, cut = trained(options, limit)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    apart, signs = float((losses - expected).abs().max()), float((expected[:, 0] - expected[:, 1]).abs().max())
+    passed = cut and apart < signs / 100 and limited_digest == digest and reserved <= limit * 1e9
+    return {
+        "rows": options.rows, "tokens": options.tokens, "weights_gb": weights / 1e9, "unlimited_gb": unlimited / 1e9,
+        "limit_gb": limit, "reserved_gb": reserved / 1e9, "passes_cut": cut, "losses_apart": apart,
+        "signs_apart": signs, "same_parameters": limited_digest == digest, "passed": passed,
+    }  # fmt: skip
+
+
+def free() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["low rank", "LoRA", "dense"])
+    parser.add_argument("--mixed", choices=SHAPES, default="opt-13b")
+    parser.add_argument("--limited", choices=SHAPES, default="opt-1.3b")
+    parser.add_argument("--output", type=Path)
+    parsed = parser.parse_args(arguments)
+    columns = ("plain_gib", "peak_gib", "ratio", "captured", "weights_gb", "unlimited_gb", "limit_gb", "reserved_gb",
+               "passes_cut", "losses_apart", "signs_apart", "same_parameters", "passed")  # fmt: skip
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as parent:
+        for check, shape in ((mixed, parsed.mixed), (limited, parsed.limited)):
+            folder = make_folder(shape, parent)
+            size = {} if check is mixed else {"rows": LIMITED_ROWS, "tokens": LIMITED_TOKENS}
+            dtype = "bfloat16" if check is mixed else "float32"
+            for method in parsed.methods:
+                values = {"dtype": dtype, **size, **METHODS[method]}
+                found = check(BenchOptions(model_name_or_path=folder, random_weights=True, **values))
+                free()
+                shown = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in found.items()}
+                print(f"{'PASS' if found['passed'] else 'FAIL'}  {check.__name__}, {shape}, {method}: "
+                      + ", ".join(f"{k} {v}" for k, v in shown.items() if k != "passed"), flush=True)  # fmt: skip
+                rows.append({"check": check.__name__, "model": shape, "method": method, "rows": shown["rows"],
+                             "tokens": shown["tokens"], **{c: shown.get(c, "") for c in columns},
+                             **provenance()})  # fmt: skip
+                if parsed.output:
+                    write(parsed.output, rows)
+    return int(any(not row["passed"] for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
