@@ -3,8 +3,8 @@
     python benchmarks/gpu_memory.py [--methods "low rank" …] [--mixed opt-13b] [--limited opt-1.3b] [--output FILE.csv]
 
 Mixed: six batches of 16 rows of 40 to 400 tokens, each three times, so that passes are captured on the way, and a
-window's end; the most that was allocated, with what captured passes keep, against two plain passes over the same
-batches by a process that holds the weights alone. Limited: 64 rows of 256 tokens in float32, with half of what training
+window's end; the most that was reserved, captured passes included, against two plain passes over the same batches by a
+process that holds the weights alone. Limited: 64 rows of 256 tokens in float32, with half of what training
 takes beside the weights; losses, updated parameters and the memory that was reserved against a run without a limit.
 Prints PASS or FAIL. Random weights of real shapes; nothing is read from a hub.
 """
@@ -27,9 +27,7 @@ from mezo.bench import (
     make_bench_engine,
     make_examples,
     mezo_step,
-    peak_memory,
-    plain_peak,
-    reset_peak,
+    two_forwards,
     window_ends,
 )
 from mezo.engines.torch.engine import TorchEngine
@@ -52,28 +50,31 @@ def mixed_batches(vocab_size: int) -> list[list[Example]]:
     return batches
 
 
-def mixed(options: BenchOptions) -> dict[str, Any]:
-    """Memory of plain inference and of training, in GiB."""
+def plain(options: BenchOptions) -> float:
+    """Memory of plain inference, in GiB."""
     engine = make_bench_engine(options)
-    device = engine.model.device
-    batches = mixed_batches(engine.model.config.vocab_size)
-    plain = plain_peak(engine, TorchEngine(engine._transformer, engine.tokenizer), batches)
-    highest = 0.0
+    bare = TorchEngine(engine._transformer, engine.tokenizer)
+    start()
+    for batch in mixed_batches(engine.model.config.vocab_size):
+        two_forwards(engine, bare, batch)
+    return torch.cuda.max_memory_reserved() / 2**30
+
+
+def mixed(options: BenchOptions, plain_gib: float) -> dict[str, Any]:
+    """Memory of training."""
+    engine = make_bench_engine(options)
+    start()
     with engine.deferring():
-        for step, batch in enumerate(batches * TIMES):
-            kept = engine.graph_bytes / 2**20  # not counted as allocated, but while it is captured
-            reset_peak(device)
+        for step, batch in enumerate(mixed_batches(engine.model.config.vocab_size) * TIMES):
             mezo_step(engine, batch, step)
-            highest = max(highest, peak_memory(device) + kept)
     if engine._low_rank is not None:
-        reset_peak(device)
         window_ends(engine, 1)
-        highest = max(highest, peak_memory(device) + engine.graph_bytes / 2**20)
-    ratio = highest / plain
-    captured = engine._graphs is not None and any(k.graph is not None for k in engine._graphs._kept.values())
+    peak = torch.cuda.max_memory_reserved() / 2**30
+    assert engine._graphs is not None
     return {
-        "rows": ROWS, "tokens": "{} to {}".format(*TOKENS), "plain_gib": plain / 1024, "peak_gib": highest / 1024,
-        "ratio": ratio, "captured": captured, "passed": ratio <= MOST,
+        "rows": ROWS, "tokens": "{} to {}".format(*TOKENS), "plain_gib": plain_gib, "peak_gib": peak,
+        "ratio": peak / plain_gib, "captured": sum(k.graph is not None for k in engine._graphs._kept.values()),
+        "captured_gib": engine.graph_bytes / 2**30, "passed": peak <= MOST * plain_gib,
     }  # fmt: skip
 
 
@@ -84,7 +85,7 @@ def trained(options: BenchOptions, gigabytes: float | None) -> tuple[torch.Tenso
     engine = make_bench_engine(options)
     examples, estimator = make_examples(options, engine), TwoPoint(0, 1e-3)
     weights = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
+    start()
     if gigabytes is not None:
         limit_memory(gigabytes, engine.model.device)
     losses = []
@@ -99,7 +100,7 @@ def trained(options: BenchOptions, gigabytes: float | None) -> tuple[torch.Tenso
 def limited(options: BenchOptions) -> dict[str, Any]:
     """How far losses under a limit are from those without, and whether memory kept to it."""
     expected, digest, weights, unlimited, _ = trained(options, None)
-    free()
+    start()
     limit = (weights + (unlimited - weights) / 2) / 1e9
     try:
         losses, limited_digest, _, reserved, cut = trained(options, limit)
@@ -114,9 +115,11 @@ def limited(options: BenchOptions) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def free() -> None:
+def start() -> None:
+    """Frees what nothing holds, and measures from now on."""
     gc.collect()
     torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -126,26 +129,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--limited", choices=SHAPES, default="opt-1.3b")
     parser.add_argument("--output", type=Path)
     parsed = parser.parse_args(arguments)
-    columns = ("plain_gib", "peak_gib", "ratio", "captured", "weights_gb", "unlimited_gb", "limit_gb", "reserved_gb",
-               "passes_cut", "losses_apart", "signs_apart", "same_parameters", "passed")  # fmt: skip
+    columns = ("plain_gib", "peak_gib", "ratio", "captured", "captured_gib", "weights_gb", "unlimited_gb", "limit_gb",
+               "reserved_gb", "passes_cut", "losses_apart", "signs_apart", "same_parameters", "passed")  # fmt: skip
     rows: list[dict[str, Any]] = []
+
+    def note(check: str, shape: str, method: str, found: dict[str, Any]) -> None:
+        shown = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in found.items()}
+        print(f"{'PASS' if found['passed'] else 'FAIL'}  {check}, {shape}, {method}: "
+              + ", ".join(f"{k} {v}" for k, v in shown.items() if k != "passed"), flush=True)  # fmt: skip
+        rows.append({"check": check, "model": shape, "method": method, "rows": shown["rows"],
+                     "tokens": shown["tokens"], **{c: shown.get(c, "") for c in columns}, **provenance()})  # fmt: skip
+        if parsed.output:
+            write(parsed.output, rows)
+
     with tempfile.TemporaryDirectory() as parent:
-        for check, shape in ((mixed, parsed.mixed), (limited, parsed.limited)):
-            folder = make_folder(shape, parent)
-            size = {} if check is mixed else {"rows": LIMITED_ROWS, "tokens": LIMITED_TOKENS}
-            dtype = "bfloat16" if check is mixed else "float32"
-            for method in parsed.methods:
-                values = {"dtype": dtype, **size, **METHODS[method]}
-                found = check(BenchOptions(model_name_or_path=folder, random_weights=True, **values))
-                free()
-                shown = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in found.items()}
-                print(f"{'PASS' if found['passed'] else 'FAIL'}  {check.__name__}, {shape}, {method}: "
-                      + ", ".join(f"{k} {v}" for k, v in shown.items() if k != "passed"), flush=True)  # fmt: skip
-                rows.append({"check": check.__name__, "model": shape, "method": method, "rows": shown["rows"],
-                             "tokens": shown["tokens"], **{c: shown.get(c, "") for c in columns},
-                             **provenance()})  # fmt: skip
-                if parsed.output:
-                    write(parsed.output, rows)
+        folders = {shape: make_folder(shape, parent) for shape in {parsed.mixed, parsed.limited}}
+        of_mixed = {"model_name_or_path": folders[parsed.mixed], "dtype": "bfloat16"}
+        plain_gib = plain(BenchOptions(random_weights=True, **of_mixed))
+        for method in parsed.methods:
+            start()
+            options = BenchOptions(random_weights=True, **of_mixed, **METHODS[method])
+            note("mixed", parsed.mixed, method, mixed(options, plain_gib))
+        for method in parsed.methods:
+            start()
+            options = BenchOptions(
+                model_name_or_path=folders[parsed.limited], random_weights=True, dtype="float32", rows=LIMITED_ROWS,
+                tokens=LIMITED_TOKENS, **METHODS[method],
+            )  # fmt: skip
+            note("limited", parsed.limited, method, limited(options))
     return int(any(not row["passed"] for row in rows))
 
 

@@ -7,15 +7,16 @@ size, V vocabulary or classes, Q positions whose logits are read, T targets, N e
 
 from __future__ import annotations
 
+import functools
 import gc
 import inspect
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
@@ -56,6 +57,8 @@ from mezo.kernels import gpu as gpu_kernels
 from mezo.objective import Example, TargetScores, TokenSequence, common_prefix, example_losses
 
 logger = logging.getLogger(__name__)
+P = ParamSpec("P")
+T = TypeVar("T")
 
 _COPY_BYTES = 5 << 28  # memory of a GPU for whole copies of a small model's parameters
 # A pass of fewer floating-point operations is launched as a CUDA graph: a GPU needs 0.2 to 2 s for more.
@@ -65,6 +68,22 @@ _FILLING_TOKENS, _FILLING_FLOPS = 4096, 5e12
 _MOST_LOGITS = 1 << 29  # of a pass, where losses read many positions
 # A pass is not shorter than about a millisecond, in which a GPU does as many floating-point operations.
 _LAUNCH_FLOPS, _LAUNCH_FLOPS_FLOAT32 = 5e11, 5e10
+
+
+def _making_room(method: Callable[Concatenate[TorchEngine, P], T]) -> Callable[Concatenate[TorchEngine, P], T]:
+    """A method that changes nothing in the engine: where memory runs out it runs again without captured passes."""
+
+    @functools.wraps(method)
+    def with_room(self: TorchEngine, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return method(self, *args, **kwargs)
+        except (RuntimeError, MemoryError) as error:
+            if self._graphs is None or not is_out_of_memory(error):
+                raise
+        self._make_room()
+        return method(self, *args, **kwargs)
+
+    return with_room
 
 
 class Past(NamedTuple):
@@ -230,6 +249,7 @@ class TorchEngine:
         self.work.computed, self.work.padding = computed, padding  # the work of training is counted
         return TargetScores(*map(torch.cat, zip(*(parts[n] for n in range(len(examples))), strict=True)))
 
+    @_making_room
     @torch.no_grad()
     def generate(
         self, prompts: Sequence[tuple[int, ...]], probes: Sequence[Probe], max_new_tokens: int, stop: str | None
@@ -288,6 +308,7 @@ class TorchEngine:
         if self._keys is not None and self._keys.deferred is not None:
             self._keys.deferred.settle()
 
+    @_making_room
     def save(self, folder: Path) -> None:
         """See `Engine.save`."""
         self._settle()
@@ -330,14 +351,13 @@ class TorchEngine:
         """See `Engine.num_parameters`."""
         return self.space.num_parameters()
 
+    @_making_room
     def digest(self) -> str:
         """See `Engine.digest`. Covers what is saved, frozen parts of a fresh head included."""
         self._settle()
         if isinstance(self.model, PeftModel):
             return tensors_digest(get_peft_model_state_dict(self.model, save_embedding_layers=False))
-        if self._low_rank is not None:
-            return tensors_digest({name: self._low_rank.folded(name) for name in self.space.parameters})
-        return self.space.digest()
+        return (self._low_rank or self.space).digest()
 
     def close(self) -> None:
         """See `Engine.close`."""
@@ -504,11 +524,7 @@ class TorchEngine:
                 raise
         # Outside the handler, whose traceback holds the pass's tensors.
         self._undo_work(before)
-        if self._graphs is not None:
-            self._graphs.clear()
-        self._beginning = None
-        gc.collect()
-        torch.cuda.empty_cache()
+        self._make_room()
         half = len(examples) // 2
         if half:
             self._common = self._common or self._common_beginning(examples)
@@ -521,6 +537,14 @@ class TorchEngine:
         if len(probes) > 1:
             return [score for probe in probes for score in self._fitting(examples, [probe], greedy=greedy)]
         raise EngineError(f"one example of {examples[0].num_tokens} tokens does not fit into memory")
+
+    def _make_room(self) -> None:
+        """Gives back the memory of captured passes and of what this process keeps for itself."""
+        if self._graphs is not None:
+            self._graphs.clear()
+        self._beginning = None
+        gc.collect()
+        torch.cuda.empty_cache()
 
     def _scores(self, examples: Sequence[Example], probes: Sequence[Probe], *, greedy: bool) -> list[TargetScores]:
         """Scores under each probe, from one traversal of the model."""

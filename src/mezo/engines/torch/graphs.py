@@ -12,6 +12,7 @@ targets of one probe; the pass itself repeats the rows for every probe.
 from __future__ import annotations
 
 import functools
+import gc
 import math
 import warnings
 from collections import OrderedDict
@@ -220,6 +221,10 @@ def unmasked_attention(decoder: PreTrainedModel) -> Iterator[None]:
 class Graphs:
     """One captured pass for each bucket that was met lately. Only one runs at a time, so all share one memory.
 
+    A pass that is not captured yet runs in that memory too, on the stream of the captures: beside it, it would need as
+    much again. What it leaves there would be written over by the graphs that were captured before, so they are given up
+    if it leaves anything.
+
     Args:
         device: where the model is; only on a GPU passes are captured.
     """
@@ -232,9 +237,13 @@ class Graphs:
     def clear(self) -> None:
         """Gives all memory back."""
         self._memory = torch.empty(0)
-        self._pool: Any = None
-        self.num_bytes = 0  # of the memory that they share
         self._kept: OrderedDict[Shape, _Pass] = OrderedDict()
+        self._pool: torch.cuda.MemPool | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the memory that all passes share."""
+        return sum(segment["total_size"] for segment in self._segments())
 
     def inputs(self, shape: Shape, prefix: Tensor | None = None, hidden: Tensor | None = None) -> StaticInputs:
         """The static inputs of a bucket. `prefix`, some prompt's keys and values, or `hidden`, some rows' hidden
@@ -270,7 +279,7 @@ class Graphs:
                 self._captures = False
                 warnings.warn(f"this model's pass cannot be captured as a CUDA graph: {error}", stacklevel=2)
         if kept.graph is None:
-            return forward(kept.static)
+            return self._run_in_pool(kept, forward) if self._captures else forward(kept.static)
         kept.graph.replay()
         return kept.output
 
@@ -283,18 +292,45 @@ class Graphs:
         return self._memory[:needed].view(size)
 
     def _capture(self, kept: _Pass, forward: Callable[[StaticInputs], Tensor]) -> None:
-        side = _side_stream(self._device)
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # lazy initialisation must not be captured
-            forward(kept.static)
-        torch.cuda.current_stream().wait_stream(side)
-        torch.cuda.empty_cache()
-        before = torch.cuda.memory_reserved()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        self._run_in_pool(kept, forward)  # lazy initialisation must not be captured
+        graph, pool = torch.cuda.CUDAGraph(), self._pool
+        assert pool is not None
+        shared: Any = pool.id
+        with torch.cuda.graph(graph, pool=shared, stream=_side_stream(self._device)):
             kept.output = forward(kept.static)
-        self._pool, kept.graph = graph.pool(), graph
-        self.num_bytes += torch.cuda.memory_reserved() - before
+        kept.graph, kept.pool = graph, pool
+
+    def _run_in_pool(self, kept: _Pass, forward: Callable[[StaticInputs], Tensor]) -> Tensor:
+        """The output of a pass that is launched kernel by kernel."""
+        if self._pool is None:
+            torch.cuda.empty_cache()  # of passes in other memory
+            self._pool = torch.cuda.MemPool()
+        before = self._held() if any(other.graph is not None for other in self._kept.values()) else None
+        side, current = _side_stream(self._device), torch.cuda.current_stream(self._device)
+        side.wait_stream(current)
+        with torch.cuda.stream(side), torch.cuda.use_mem_pool(self._pool, self._device):
+            output = forward(kept.static)
+        current.wait_stream(side)
+        if before is not None and self._leaves_more(before, output):
+            gc.collect()
+            if self._leaves_more(before, output):
+                for other in self._kept.values():
+                    other.graph = None
+        return output
+
+    def _leaves_more(self, before: set[int], output: Tensor) -> bool:
+        return bool(self._held() - before - {output.untyped_storage().data_ptr()})
+
+    def _segments(self) -> list[dict[str, Any]]:
+        """What the allocator says of the shared memory."""
+        if self._pool is None:
+            return []
+        return [s for s in torch.cuda.memory_snapshot() if tuple(s["segment_pool_id"]) == tuple(self._pool.id)]
+
+    def _held(self) -> set[int]:
+        """Addresses of what lives in the shared memory."""
+        blocks = [block for segment in self._segments() for block in segment["blocks"]]
+        return {block["address"] for block in blocks if block["state"] == "active_allocated"}
 
 
 @functools.cache
@@ -307,5 +343,6 @@ class _Pass:
     def __init__(self, static: StaticInputs):
         self.static = static
         self.graph: torch.cuda.CUDAGraph | None = None
+        self.pool: torch.cuda.MemPool | None = None  # lives longer than the graph
         self.output = torch.empty(0)
         self.calls = 0

@@ -36,7 +36,7 @@ from mezo import philox
 from mezo.engines.torch.buffer import ProbeBuffers
 from mezo.engines.torch.optimizer import Muon, Optimizer
 from mezo.engines.torch.rounding import stochastic_round
-from mezo.engines.torch.space import CHUNK, ParameterSpace
+from mezo.engines.torch.space import CHUNK, ParameterSpace, TensorHasher
 from mezo.estimator import Probe, Record
 from mezo.kernels import gpu as gpu_kernels
 from mezo.kernels.layers import LowRankSum, on_gpu
@@ -153,6 +153,13 @@ class LowRank:
         folded = torch.empty_like(parameter)
         self._write_folded(name, folded.view(-1))
         return folded
+
+    def digest(self) -> str:
+        """Hash of the present values, of which one at a time is formed."""
+        hasher = TensorHasher()
+        for name in sorted(self.space.parameters):
+            hasher.update(name, self.folded(name))
+        return hasher.hexdigest()
 
     def _write_folded(self, name: str, out_N: Tensor) -> None:
         """The same into memory of that type, perhaps the parameter's own."""
