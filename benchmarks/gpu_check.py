@@ -32,7 +32,7 @@ from mezo import MeZOConfig, philox
 from mezo.adapter import add_adapter
 from mezo.engines.torch.dense import ProbeKeys
 from mezo.engines.torch.engine import TorchEngine
-from mezo.engines.torch.graphs import Graphs
+from mezo.engines.torch.graphs import Graphs, Shape, StaticInputs
 from mezo.engines.torch.low_rank import LowRank
 from mezo.engines.torch.space import ParameterSpace
 from mezo.estimator import Probe, Record, TwoPoint
@@ -276,6 +276,29 @@ def captured_close(low_rank: tuple[int, int] | None = None, *, last: bool = Fals
     return apart < signs / 100 and all(kept.graph is not None for kept in captured._kept.values())
 
 
+def left_behind_is_kept() -> bool:
+    """What a pass leaves in the memory of captured ones is not written over by them."""
+    graphs, left = Graphs(torch.device("cuda")), []
+    large, small = (Shape.of(2, True, True, rows, 8, 0, 1, 1, False) for rows in (8, 4))
+
+    def plain(_: StaticInputs) -> torch.Tensor:
+        return torch.full((1 << 20,), 3.0, device="cuda").mul(2).sum().view(1)
+
+    def leaving(static: StaticInputs) -> torch.Tensor:
+        left.append(torch.full((1 << 20,), 7.0, device="cuda"))
+        return plain(static)
+
+    for shape in (large, small):
+        graphs.inputs(shape)
+    found = [graphs.run(large, plain).item() for _ in range(3)]
+    was_captured = graphs.is_captured(large)
+    found.append(graphs.run(small, leaving).item())
+    given_up = not graphs.is_captured(large)
+    found += [graphs.run(large, plain).item() for _ in range(3)]
+    kept = graphs.is_captured(large) and bool((left[0] == 7.0).all())
+    return was_captured and given_up and kept and set(found) == {6.0 * (1 << 20)}
+
+
 def updated_probes_equal(dtype: torch.dtype) -> bool:
     """A large tensor that is updated and then formed under probes by one kernel, against the CPU's two steps."""
     start = torch.linspace(-0.05, 0.05, 3_000_000).to(dtype).view(-1, 1000)
@@ -422,6 +445,7 @@ def main() -> int:
         "dense: captured passes within 1e-5": lambda: graphs_close(formed=True),
         "low rank: captured passes within 1e-5": lambda: graphs_close((2, 6)),
         "prefix: captured passes within 1e-5": prefix_close,
+        "what a pass leaves beside captured ones stays": left_behind_is_kept,
         "dense: captured passes as plain ones, 16 bits": captured_close,
         "low rank: captured passes as plain ones, 16 bits": lambda: captured_close((2, 50)),
         "last layer: captured passes as plain ones, 16 bits": lambda: captured_close(last=True),

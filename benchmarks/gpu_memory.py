@@ -2,9 +2,9 @@
 
     python benchmarks/gpu_memory.py [--methods "low rank" …] [--mixed opt-13b] [--limited opt-1.3b] [--output FILE.csv]
 
-Mixed: six batches of 16 rows of 40 to 400 tokens, each three times, so that passes are captured on the way, and a
+Mixed: four batches of 16 rows of 40 to 400 tokens, each three times, so that passes are captured on the way, and a
 window's end; the most that was reserved, captured passes included, against two plain passes over the same batches by a
-process that holds the weights alone. Limited: 64 rows of 256 tokens in float32, with half of what training
+process that holds the weights alone. Limited: 32 rows of 256 tokens in float32, with half of what training
 takes beside the weights; losses, updated parameters and the memory that was reserved against a run without a limit.
 Prints PASS or FAIL. Random weights of real shapes; nothing is read from a hub.
 """
@@ -34,9 +34,9 @@ from mezo.engines.torch.engine import TorchEngine
 from mezo.estimator import Record, TwoPoint
 from mezo.objective import Example, Target, TokenSequence
 
-BATCHES, ROWS, TOKENS, TIMES = 6, 16, (40, 400), 3
+BATCHES, ROWS, TOKENS, TIMES = 4, 16, (40, 400), 3
 MOST = 1.04  # times plain inference
-LIMITED_ROWS, LIMITED_TOKENS, STEPS = 64, 256, 3
+LIMITED_ROWS, LIMITED_TOKENS, STEPS = 32, 256, 2
 
 
 def mixed_batches(vocab_size: int) -> list[list[Example]]:

@@ -136,6 +136,29 @@ def test_copies_within_memory(model_folder):
     assert engine._copies is None  # on a CPU memory is read as fast as z is drawn
 
 
+def test_a_larger_pass_takes_the_memory_of_captured_ones():
+    """Smaller ones run beside them."""
+
+    class Captured(Graphs):
+        def __init__(self):
+            super().__init__(torch.device("cpu"))
+            self._captures = True
+
+        def _run_in_pool(self, kept, forward):
+            return forward(kept.static)
+
+        def _capture(self, kept, forward):
+            kept.output = forward(kept.static)
+            kept.graph = type("Graph", (), {"replay": lambda graph: None})()
+
+    graphs = Captured()
+    sizes = {rows: Shape.of(2, True, True, rows, 8, 0, rows, rows, False) for rows in (2, 4, 8)}
+    for rows, captured in ((4, []), (4, [4]), (2, [4]), (2, [2, 4]), (8, []), (8, [8]), (4, [4, 8]), (2, [2, 4, 8])):
+        graphs.inputs(sizes[rows])
+        assert graphs.run(sizes[rows], lambda static: torch.ones(1)).item() == 1
+        assert [n for n, shape in sizes.items() if shape in graphs._kept and graphs.is_captured(shape)] == captured
+
+
 @pytest.mark.parametrize(("rows", "bucket"), [(1, 1), (7, 7), (9, 10), (17, 20), (33, 40), (64, 64), (65, 80)])
 def test_buckets(rows, bucket):
     reads = -(-rows // 32) * 32

@@ -59,6 +59,11 @@ class Shape(NamedTuple):
         positions = _up(positions, _POSITIONS)
         return cls(probes, paired, moved, rows, tokens, positions, _up(reads, _READS), _up(targets, _READS), greedy)
 
+    @property
+    def places(self) -> int:
+        """Rows × tokens of all probes."""
+        return self.probes * self.rows * self.tokens
+
     def size_of_prompts(self, prefix: Tensor) -> tuple[int, ...]:
         """Of keys and values of all probes' rows, with room for the tokens left; of one prompt [L, 2, H, P, D]."""
         layers, _, heads, _, width = prefix.shape
@@ -223,7 +228,8 @@ class Graphs:
 
     A pass that is not captured yet runs in that memory too, on the stream of the captures: beside it, it would need as
     much again. What it leaves there would be written over by the graphs that were captured before, so they are given up
-    if it leaves anything.
+    if it leaves anything. They are given up for a pass that is larger than all before, too: smaller ones fit into its
+    blocks, and the other way round the memory would grow by each.
 
     Args:
         device: where the model is; only on a GPU passes are captured.
@@ -239,6 +245,7 @@ class Graphs:
         self._memory = torch.empty(0)
         self._kept: OrderedDict[Shape, _Pass] = OrderedDict()
         self._pool: torch.cuda.MemPool | None = None
+        self._largest = 0  # places of the largest pass that ran in it
 
     @property
     def num_bytes(self) -> int:
@@ -270,6 +277,9 @@ class Graphs:
         """
         kept = self._kept[shape]
         kept.calls += 1
+        if self._captures and shape.places > self._largest:
+            self._give_up()
+            self._pool, self._largest = None, shape.places
         if self._captures and kept.graph is None and kept.calls > 1:
             try:
                 self._capture(kept, forward)
@@ -308,15 +318,20 @@ class Graphs:
         before = self._held() if any(other.graph is not None for other in self._kept.values()) else None
         side, current = _side_stream(self._device), torch.cuda.current_stream(self._device)
         side.wait_stream(current)
-        with torch.cuda.stream(side), torch.cuda.use_mem_pool(self._pool, self._device):
+        with torch.cuda.stream(side), torch.cuda.use_mem_pool(self._pool):
             output = forward(kept.static)
         current.wait_stream(side)
         if before is not None and self._leaves_more(before, output):
             gc.collect()
             if self._leaves_more(before, output):
-                for other in self._kept.values():
-                    other.graph = None
+                self._give_up()
         return output
+
+    def _give_up(self) -> None:
+        """What was captured."""
+        for kept in self._kept.values():
+            kept.graph = kept.pool = None
+            kept.output = torch.empty(0)
 
     def _leaves_more(self, before: set[int], output: Tensor) -> bool:
         return bool(self._held() - before - {output.untyped_storage().data_ptr()})
