@@ -551,32 +551,61 @@ class TorchEngine:
         sequences = [s for e in examples for s in e.sequences]
         if any(s.adapter_start for s in sequences):
             return self._scores_activated(sequences, probes, greedy)
+        if self._graphs is not None and not self._checked_reads and any(p.scale != 0.0 for p in probes):
+            self._learn(examples, probes)
         if self._beginning is not None and self._beginning.probes != tuple(probes):
             self._beginning = None
         ready = () if self._beginning is None else self._beginning.tokens
         stages = self._stages(examples, len(probes), ready, self._common)
         if self._frozen is not None:
             stages = self._above(self._frozen, self._hidden_states(self._frozen, examples), stages)
-        is_whole = len(stages) == 1 and not greedy
-        if is_whole and self._is_static(stages[0], probes):
+        if len(stages) == 1 and not greedy and self._is_static(stages[0], probes):
             return self._read_static(stages[0], sequences, probes, greedy)
         known, before = self._num_known, self._work_of_passes()
+        scores, read_names = self._launched(stages, sequences, probes, greedy)
+        if read_names is not None and not self._checked_reads:
+            self._report_unread(read_names)
+        if self._num_known != known:  # the bits of a pass must not depend on those before
+            self._undo_work(before)
+            self._beginning = None
+            return self._scores(examples, probes, greedy=greedy)
+        return scores
+
+    def _learn(self, examples: Sequence[Example], probes: Sequence[Probe]) -> None:
+        """What of the trained parameters a pass reads, and how; from one example if that reads all of them.
+
+        A pass that does not know it yet takes more memory than the later ones.
+        """
+        before, common, self._common, self._beginning = self._work_of_passes(), self._common, (), None
+        read_names: set[str] | None = None
+        for some in (examples[:1], examples):
+            sequences = [s for e in some for s in e.sequences]
+            stages = self._stages(some, len(probes))
+            if self._frozen is not None:
+                stages = self._above(self._frozen, self._hidden_states(self._frozen, some), stages)
+            read_names = self._launched(stages, sequences, probes, greedy=False)[1]
+            if read_names is None or not self._unread(read_names):
+                break
+        if read_names is not None:
+            self._report_unread(read_names)
+        self._common, self._beginning = common, None
+        self._undo_work(before)
+
+    def _launched(
+        self, stages: Sequence[Stage], sequences: Sequence[TokenSequence], probes: Sequence[Probe], greedy: bool
+    ) -> tuple[list[TargetScores], set[str] | None]:
+        """Scores from kernels that are launched one by one, and what of the trained parameters was read if they were
+        under probes."""
         past: Past | None = None
         with self._perturbed(probes) as inside:
             for stage in stages[:-1]:
                 begins = past is None and len(stage.chunks) == 1
                 past = self._begin(stage, probes) if begins else self._extend(past, stage, len(probes))
             scores = self._read(past, stages[-1], sequences, len(probes), greedy)
-        has_learned = self._num_known != known
+        if all(p.scale == 0.0 for p in probes):
+            return scores, None
         reader = inside.weights if isinstance(inside, PerturbedForward) else self._lora
-        if any(p.scale != 0.0 for p in probes) and reader is not None and not self._checked_reads:
-            self._report_unread(reader.read_names)
-            has_learned |= is_whole and self._is_static(stages[0], probes)
-        if has_learned:  # the bits of a pass must not depend on those before
-            self._undo_work(before)
-            self._beginning = None
-            return self._scores(examples, probes, greedy=greedy)
-        return scores
+        return scores, None if reader is None else reader.read_names
 
     def _stages(
         self, examples: Sequence[Example], num_probes: int, known: tuple[int, ...] = (), wanted: tuple[int, ...] = ()
@@ -865,9 +894,12 @@ class TorchEngine:
             return None
         return FrozenLayers(self._transformer, min(count, self._transformer.config.num_hidden_layers - 1))
 
+    def _unread(self, read_names: set[str]) -> list[str]:
+        return sorted(set(self.space.parameters) - read_names)
+
     def _report_unread(self, read_names: set[str]) -> None:
         self._checked_reads = True
-        unread = sorted(set(self.space.parameters) - read_names)
+        unread = self._unread(read_names)
         if unread:
             logger.warning("%d trained parameters do not take part in the loss: %s", len(unread), ", ".join(unread[:5]))
 
