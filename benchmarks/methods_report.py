@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from methods_schedule import read
-from methods_settings import FIRST_ORDER, METHODS, TWINS, best_rate, key, tried_rates
+from methods_settings import FIRST_ORDER, METHODS, TWINS, best_rate, key, rates, tried_rates
 
 Row = dict[str, str]
 # The models' README: accuracy by step, seed 0, an independent implementation.
@@ -61,6 +61,13 @@ class Finals(NamedTuple):
             seconds = float(points[0]["step"]) * self.step_seconds
             found.append((float(points[0]["forwards"]), seconds, values[0], statistics.median(values), values[-1]))
         return found
+
+
+def tuned(found: list[Row]) -> list[Row]:
+    """Without the runs of methods whose rates were not all tried on a task."""
+    pairs = {(row["task"], row["method"]) for row in found if row["phase"] == "train" and row["method"] in METHODS}
+    left = {pair for pair in pairs if not set(rates(pair[1])) <= tried_rates(found, *pair)}
+    return [row for row in found if row["phase"] != "train" or (row["task"], row["method"]) not in left]
 
 
 def finals(found: list[Row]) -> dict[str, dict[str, Finals]]:
@@ -296,7 +303,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=[], choices=[*METHODS, *TWINS])
     parser.add_argument("--page", type=Path, help="page to put the table on, between <!-- methods.csv --> and its end")
     options = parser.parse_args()
-    found = read(options.file)
+    found = tuned(read(options.file))
     table(found)
     if options.page:
         options.page.write_text(with_table(options.page.read_text(), "methods.csv", page_table(found)))

@@ -303,6 +303,19 @@ def test_report_by_hand(tmp_path):
         assert path.stat().st_size > 10_000
 
 
+def test_what_is_not_tuned_is_not_reported():
+    task, of = "minilm-mlm/sst2", {}
+    for method, count in (("mezo", 4), ("lozo", 3)):
+        jobs = [Job(task, method, rate, 0, "train") for rate in rates(method)[:count]]
+        of[method] = [
+            {name: str(v) for name, v in row.items()} for j in jobs for row in rows_for(j, [(4000, 0.8, 0.4)])
+        ]
+    found = of["mezo"] + of["lozo"]
+    assert methods_report.tuned(found) == of["mezo"]
+    timed = [{**of["lozo"][0], "phase": "time"}, {**of["lozo"][0], "method": "mezo lora, bf16"}]
+    assert methods_report.tuned(found + timed) == of["mezo"] + timed
+
+
 def test_twins_by_hand():
     """Two seeds: 0, 1 and 3 points apart, then 2, 0 and 0: 1 on average. The seeds themselves: 0, 4 and 8, so 4."""
     rate = rates("mezo lora")[2]
