@@ -337,7 +337,7 @@ def test_the_table_and_the_page_belong_together():
     assert entries.keys() == KINDS.keys() == methods_choice.KINDS.keys()
     page = methods_choice.DOCS.read_text()
     assert methods_choice.with_table(page, "auto.yaml", methods_choice.docs_table(entries)) == page
-    measured = methods_report.page_table(methods_schedule.read(ROWS))
+    measured = methods_report.page_table(methods_report.tuned(methods_schedule.read(ROWS)))
     assert methods_choice.with_table(page, "methods.csv", measured) == page
     assert methods_choice.to_yaml(yaml.safe_load(auto.TABLE.read_text())) == auto.TABLE.read_text()
     for kind, entry in entries.items():
