@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# All GPU checks and measurements of the torch engine, without a network, within ten minutes (383 s on an H200):
+# All GPU checks and measurements of the torch engine, without a network, within ten minutes:
 #     benchmarks/gpu_torch.sh OUT [COMMIT]
 # Prints PASS or FAIL of each check and a line for each measurement; writes OUT/gpu_check.csv, gpu_memory.csv, gpu_step.csv,
-# gpu_queries.csv, gpu_profile.csv and gpu_kv_reuse_torch.csv. A time limit on the steps leaves the rows that were measured. Trajectories with reuse on and off take
-# four minutes more: benchmarks/gpu_kv_reuse_check.py torch.
+# gpu_queries.csv, gpu_profile.csv and gpu_kv_reuse_torch.csv. A time limit on the steps leaves the rows that were measured.
+# Trajectories with reuse on and off take four minutes more: benchmarks/gpu_kv_reuse_check.py torch.
 set -uo pipefail
 out=$1
 export COMMIT=${2:-} HF_HUB_OFFLINE=1 PYTHONWARNINGS=ignore

@@ -1,5 +1,7 @@
 """Static passes, as a CUDA graph replays them, against plain ones: whole trajectories, all kinds of directions."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
@@ -155,8 +157,45 @@ def test_a_larger_pass_takes_the_memory_of_captured_ones():
     sizes = {rows: Shape.of(2, True, True, rows, 8, 0, rows, rows, False) for rows in (2, 4, 8)}
     for rows, captured in ((4, []), (4, [4]), (2, [4]), (2, [2, 4]), (8, []), (8, [8]), (4, [4, 8]), (2, [2, 4, 8])):
         graphs.inputs(sizes[rows])
-        assert graphs.run(sizes[rows], lambda static: torch.ones(1)).item() == 1
+        graphs.run(sizes[rows], lambda static: torch.ones(1))
         assert [n for n, shape in sizes.items() if shape in graphs._kept and graphs.is_captured(shape)] == captured
+
+
+@pytest.mark.parametrize("leaves", [False, True])
+def test_what_a_pass_leaves_in_the_memory_of_captured_ones(monkeypatch, leaves):
+    """The allocator's list of blocks decides; what is not of the shared memory does not count."""
+    graphs, alive = Graphs(torch.device("cpu")), {(0, 7): [100], (0, 0): [900]}
+    graphs._captures, graphs._pool = True, type("Pool", (), {"id": (0, 7)})()
+    graphs._largest = 1 << 20
+
+    def snapshot():
+        return [
+            {"segment_pool_id": pool, "total_size": 64,
+             "blocks": [{"address": a, "state": "active_allocated"} for a in addresses]
+             + [{"address": 5, "state": "inactive"}]}
+            for pool, addresses in alive.items()
+        ]  # fmt: skip
+
+    monkeypatch.setattr(graphs, "_in_pool", nullcontext)
+    for name in ("empty_cache", "current_blas_handle"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", snapshot)
+    large, small = (Shape.of(2, True, True, rows, 8, 0, 1, 1, False) for rows in (8, 4))
+
+    def forward(_):
+        scores = torch.ones(1)
+        alive[0, 7].append(scores.data_ptr())
+        alive[0, 0].append(901)
+        if leaves:
+            alive[0, 7].append(200)
+        return scores
+
+    for shape in (large, small):
+        graphs.inputs(shape)
+    graphs._kept[large].graph = object()
+    graphs.run(small, forward)
+    assert graphs.is_captured(large) != leaves
+    assert graphs.num_bytes == 64
 
 
 @pytest.mark.parametrize(("rows", "bucket"), [(1, 1), (7, 7), (9, 10), (17, 20), (33, 40), (64, 64), (65, 80)])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from mezo.api import build_trainer
 from mezo.cli import main
 from mezo.engines.torch import engine as engine_module
 from mezo.engines.torch.engine import TorchEngine, length_groups
+from mezo.engines.torch.graphs import Graphs, Shape
+from mezo.engines.torch.low_rank import LowRank
 from mezo.errors import EngineError
 from mezo.estimator import Probe, Record
 from tests.conftest import SENTIMENT_ROWS
@@ -94,6 +97,84 @@ def test_after_a_pass_that_did_not_fit_no_probe_goes_on_from_anothers(model_fold
     assert max(seen) >= 2 * longest - 1 and shared.engine.work.computed < shared.engine.work.asked
     expected = whole.engine.losses(whole.train_examples, PROBES)
     assert (found - expected).abs().max() < 1e-5 < (expected[0] - expected[1]).abs().min()
+
+
+def with_graphs(engine, monkeypatch):
+    """Static passes that hold memory, as captured ones do."""
+    engine._graphs = Graphs(engine.model.device)
+    monkeypatch.setattr(Graphs, "num_bytes", property(lambda graphs: len(graphs._kept)))
+    return engine
+
+
+def test_what_finds_no_memory_runs_again_without_captured_passes(model_folder, monkeypatch, tmp_path):
+    config = MeZOConfig(model_name_or_path=model_folder("opt"), direction="low_rank", **PROMPT)
+    trainer = build_trainer(config, SENTIMENT_ROWS[:4])
+    engine, folded, prompts = with_graphs(trainer.engine, monkeypatch), LowRank.folded, [(5, 6), (7,)]
+    expected = {}
+
+    def crowded(self, name):
+        if engine._graphs._kept:
+            on_gpu()
+        return folded(self, name)
+
+    for _ in range(2):
+        engine.losses(trainer.train_examples, PROBES)
+        engine.update([Record(0, 7, 0.0, 0.0, 1.0, 1e-2, 0, 4)])
+        expected[engine.digest()] = engine.generate(prompts, PROBES, 3, None)
+        monkeypatch.setattr(LowRank, "folded", crowded)
+        engine.losses(trainer.train_examples, PROBES)
+        assert engine._graphs._kept
+        assert engine.digest() == list(expected)[-1] and not engine._graphs._kept
+        engine.losses(trainer.train_examples, PROBES)
+        engine.save(tmp_path)
+        assert not engine._graphs._kept
+        monkeypatch.setattr(LowRank, "folded", folded)
+    assert len(expected) == 2
+    monkeypatch.setattr(LowRank, "folded", lambda self, name: on_gpu())
+    with pytest.raises(torch.OutOfMemoryError):
+        engine.digest()
+
+
+def test_an_evaluation_takes_the_memory_of_captured_passes(model_folder, monkeypatch):
+    trainer = build_trainer(MeZOConfig(model_name_or_path=model_folder("opt"), **PROMPT), SENTIMENT_ROWS[:8])
+    engine, examples = with_graphs(trainer.engine, monkeypatch), trainer.train_examples
+    expected = engine.score(examples)
+
+    def crowded(*_):
+        if engine._graphs._kept:
+            on_gpu()
+
+    for large, handle in ((1e99, engine.model.get_decoder().register_forward_pre_hook(crowded)), (0.0, None)):
+        monkeypatch.setattr(engine_module, "_LARGE_FLOPS", math.inf)
+        if handle is None:  # a large model's gives them back by itself
+            monkeypatch.setattr(engine_module, "_LARGE_FLOPS", large)
+        engine._checked_reads = True
+        engine._graphs.inputs(Shape.of(2, True, True, 4, 8, 0, 4, 4, False))
+        assert torch.equal(engine.score(examples).logprobs_T, expected.logprobs_T)
+        assert not engine._graphs._kept and engine._most_tokens == math.inf
+        if handle is not None:
+            handle.remove()
+
+
+def test_what_is_read_is_learned_from_one_example(model_folder, monkeypatch):
+    """And memory that runs out on the way leaves everything as it was."""
+    rows = SENTIMENT_ROWS[:8]
+    trainer = build_trainer(MeZOConfig(model_name_or_path=model_folder("opt"), direction="low_rank", **PROMPT), rows)
+    engine, examples = with_graphs(trainer.engine, monkeypatch), trainer.train_examples
+    seen = small_memory(engine.model, 1 << 30)
+    engine._common = (5, 6)
+    with monkeypatch.context() as patch:
+        patch.setattr(TorchEngine, "_launched", lambda *_, **__: on_gpu())
+        with pytest.raises(torch.OutOfMemoryError):
+            engine._learn(examples, PROBES)
+    assert engine._common == (5, 6) and not engine._checked_reads and engine.work.computed == 0
+    engine._common = ()
+    engine.losses(examples, PROBES)
+    assert engine._checked_reads and seen[0] <= 2 * examples[0].num_tokens < min(seen[1:])
+    assert engine.work.computed <= engine.work.asked
+    seen.clear()
+    engine.losses(examples, PROBES)
+    assert min(seen) > 2 * examples[0].num_tokens
 
 
 def test_length_groups_keep_to_the_limit():

@@ -142,24 +142,24 @@ def run(options: BenchOptions) -> list[Measurement]:
     weight_bytes = sum(p.numel() * p.element_size() for p in engine.model.parameters())
     copies = copy_bandwidth(engine.model.device)
     times: dict[str, list[float]] = {name: [] for name in methods}
-    base_peak, peaks = plain_peak(engine, bare, [examples]), dict.fromkeys(methods, 0.0)
+    plain_peak, peaks = _plain_peak(engine, bare, examples), dict.fromkeys(methods, 0.0)
     with engine.deferring():
         for repeat in range(options.repeats + _WARM_UP):
             for name, method in methods.items():
                 if name != "a step of mezo" and repeat < _WARM_UP - _WARM_UP_OF_OTHERS:
                     continue
-                reset_peak(engine.model.device)
+                _reset_peak(engine.model.device)
                 seconds = timed(lambda method=method, repeat=repeat: method(repeat), engine.model.device)  # type: ignore[misc]
                 if repeat >= _WARM_UP:
                     times[name].append(seconds)
                     kept = engine.graph_bytes / 2**20 if name == "a step of mezo" else 0.0  # not counted as allocated
-                    peaks[name] = max(peaks[name], peak_memory(engine.model.device) + kept)
-    peaks["two plain forwards"] = base_peak
+                    peaks[name] = max(peaks[name], _peak(engine.model.device) + kept)
+    peaks["two plain forwards"] = plain_peak
     if engine._low_rank is not None:
-        reset_peak(engine.model.device)
+        _reset_peak(engine.model.device)
         ends, steps = window_ends(engine), engine._low_rank.refresh_steps
         times["a step of mezo"] = [t + statistics.median(ends) / steps for t in times["a step of mezo"]]
-        times["end of a window"], peaks["end of a window"] = ends, peak_memory(engine.model.device)
+        times["end of a window"], peaks["end of a window"] = ends, _peak(engine.model.device)
     base = statistics.median(times["two plain forwards"])
     # Over the weights; whether updates went along with passes shows only now.
     original = 2.0 + 8.0 * (not options.use_peft)
@@ -268,7 +268,7 @@ def original_step(engine: TorchEngine, examples: Sequence[Example], step: int, p
 
 
 def _plain_loss(engine: TorchEngine, examples: Sequence[Example]) -> float:
-    return batch_loss(examples, example_losses(examples, engine.score(examples).logprobs_T))
+    return batch_loss(examples, example_losses(examples, engine._scored(examples).logprobs_T))
 
 
 def _passes(options: BenchOptions, engine: TorchEngine, examples: Sequence[Example]) -> float:
@@ -304,30 +304,28 @@ def copy_bandwidth(device: torch.device) -> float:
     return max(2 * 4 * count / timed(lambda: target.copy_(source), device) for _ in range(5)) / 1e9
 
 
-def plain_peak(engine: TorchEngine, bare: TorchEngine, batches: Sequence[Sequence[Example]]) -> float:
-    """MiB of two plain passes over each batch; on a GPU without what lies beside the model's own weights."""
+def _plain_peak(engine: TorchEngine, bare: TorchEngine, examples: Sequence[Example]) -> float:
+    """MiB of two plain passes; on a GPU without what lies beside the model's own weights."""
     device, has_adapter = engine.model.device, isinstance(engine.model, PeftModel)
-    two_forwards(engine, bare, batches[0])  # what is made once
+    two_forwards(engine, bare, examples)  # what is made once
     beside = 0.0
     if device.type == "cuda":
         own = sum(p.nbytes for p in bare.model.parameters() if not (has_adapter and p.requires_grad))
         beside = (torch.cuda.memory_allocated(device) - own) / 2**20
-    reset_peak(device)
-    for examples in batches:
-        two_forwards(engine, bare, examples)
-    return peak_memory(device) - beside
+    _reset_peak(device)
+    two_forwards(engine, bare, examples)
+    return _peak(device) - beside
 
 
-def reset_peak(device: torch.device) -> None:
-    """Starts `peak_memory` anew."""
+def _reset_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
 
 
-def peak_memory(device: torch.device) -> float:
-    """MiB allocated at most since `reset_peak`; of the process on a CPU."""
+def _peak(device: torch.device) -> float:
+    """MiB."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))

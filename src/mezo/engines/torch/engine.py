@@ -57,24 +57,26 @@ from mezo.kernels import gpu as gpu_kernels
 from mezo.objective import Example, TargetScores, TokenSequence, common_prefix, example_losses
 
 logger = logging.getLogger(__name__)
-P = ParamSpec("P")
-T = TypeVar("T")
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 _COPY_BYTES = 5 << 28  # memory of a GPU for whole copies of a small model's parameters
 # A pass of fewer floating-point operations is launched as a CUDA graph: a GPU needs 0.2 to 2 s for more.
 _STATIC_FLOPS = 2e14
 # A pass of as many tokens and floating-point operations fills a GPU; more of both at once are no faster.
 _FILLING_TOKENS, _FILLING_FLOPS = 4096, 5e12
+# Of a token in a large model: memory is worth more than the time to capture passes anew after an evaluation.
+_LARGE_FLOPS = 2e9
 _MOST_LOGITS = 1 << 29  # of a pass, where losses read many positions
 # A pass is not shorter than about a millisecond, in which a GPU does as many floating-point operations.
 _LAUNCH_FLOPS, _LAUNCH_FLOPS_FLOAT32 = 5e11, 5e10
 
 
-def _making_room(method: Callable[Concatenate[TorchEngine, P], T]) -> Callable[Concatenate[TorchEngine, P], T]:
-    """A method that changes nothing in the engine: where memory runs out it runs again without captured passes."""
+def _making_room(method: Callable[Concatenate[TorchEngine, _P], _T]) -> Callable[Concatenate[TorchEngine, _P], _T]:
+    """A method that may run twice: where memory runs out it does, without captured passes."""
 
     @functools.wraps(method)
-    def with_room(self: TorchEngine, /, *args: P.args, **kwargs: P.kwargs) -> T:
+    def with_room(self: TorchEngine, /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
         try:
             return method(self, *args, **kwargs)
         except (RuntimeError, MemoryError) as error:
@@ -232,9 +234,14 @@ class TorchEngine:
         self._beginning = None
         return losses_PN
 
-    @torch.no_grad()
     def score(self, examples: Sequence[Example]) -> TargetScores:
         """See `Engine.score`."""
+        if self._graphs is not None and self._pass_flops > _LARGE_FLOPS:
+            self._graphs.clear()
+        return self._scored(examples)
+
+    @torch.no_grad()
+    def _scored(self, examples: Sequence[Example]) -> TargetScores:
         self._settle()
         self._beginning = None
         parts: dict[int, TargetScores] = {}
@@ -256,7 +263,16 @@ class TorchEngine:
     ) -> list[list[str]]:
         """See `Engine.generate`."""
         self._settle()
-        known, found = self._num_known, []
+        known = self._num_known
+        found = self._generated(prompts, probes, max_new_tokens, stop)
+        return (
+            found if self._num_known == known else self._generated(prompts, probes, max_new_tokens, stop)
+        )  # as in `_scores`
+
+    def _generated(
+        self, prompts: Sequence[tuple[int, ...]], probes: Sequence[Probe], max_new_tokens: int, stop: str | None
+    ) -> list[list[str]]:
+        found = []
         for some in self._together(probes):
             with self._perturbed(some):
                 found += generate(
@@ -268,8 +284,6 @@ class TorchEngine:
                     max_new_tokens=max_new_tokens,
                     stop=stop,
                 )
-        if self._num_known != known:  # as in `_scores`
-            return self.generate(prompts, probes, max_new_tokens, stop)
         return found
 
     def update(self, records: Sequence[Record]) -> None:
@@ -524,7 +538,10 @@ class TorchEngine:
                 raise
         # Outside the handler, whose traceback holds the pass's tensors.
         self._undo_work(before)
+        held = self.graph_bytes
         self._make_room()
+        if greedy and held:  # by captured passes
+            return self._fitting(examples, probes, greedy=greedy)
         half = len(examples) // 2
         if half:
             self._common = self._common or self._common_beginning(examples)
@@ -551,7 +568,8 @@ class TorchEngine:
         sequences = [s for e in examples for s in e.sequences]
         if any(s.adapter_start for s in sequences):
             return self._scores_activated(sequences, probes, greedy)
-        if self._graphs is not None and not self._checked_reads and any(p.scale != 0.0 for p in probes):
+        may_capture = self._graphs is not None and self._share
+        if may_capture and not self._checked_reads and any(p.scale != 0.0 for p in probes):
             self._learn(examples, probes)
         if self._beginning is not None and self._beginning.probes != tuple(probes):
             self._beginning = None
@@ -577,19 +595,22 @@ class TorchEngine:
         A pass that does not know it yet takes more memory than the later ones.
         """
         before, common, self._common, self._beginning = self._work_of_passes(), self._common, (), None
-        read_names: set[str] | None = None
-        for some in (examples[:1], examples):
-            sequences = [s for e in some for s in e.sequences]
-            stages = self._stages(some, len(probes))
-            if self._frozen is not None:
-                stages = self._above(self._frozen, self._hidden_states(self._frozen, some), stages)
-            read_names = self._launched(stages, sequences, probes, greedy=False)[1]
-            if read_names is None or not self._unread(read_names):
-                break
-        if read_names is not None:
-            self._report_unread(read_names)
-        self._common, self._beginning = common, None
-        self._undo_work(before)
+        read_names: set[str] = set()
+        try:
+            for some in (examples[:1], examples[1:]):
+                sequences = [s for e in some for s in e.sequences]
+                stages = self._stages(some, len(probes))
+                if self._frozen is not None:
+                    stages = self._above(self._frozen, self._hidden_states(self._frozen, some), stages)
+                found = self._launched(stages, sequences, probes, greedy=False)[1]
+                assert found is not None
+                read_names |= found
+                if not self._unread(read_names) or len(examples) == 1:
+                    break
+        finally:
+            self._common, self._beginning = common, None
+            self._undo_work(before)
+        self._report_unread(read_names)
 
     def _launched(
         self, stages: Sequence[Stage], sequences: Sequence[TokenSequence], probes: Sequence[Probe], greedy: bool

@@ -11,7 +11,7 @@ targets of one probe; the pass itself repeats the rows for every probe.
 
 from __future__ import annotations
 
-import functools
+import ctypes
 import gc
 import math
 import warnings
@@ -61,8 +61,8 @@ class Shape(NamedTuple):
 
     @property
     def places(self) -> int:
-        """Rows × tokens of all probes."""
-        return self.probes * self.rows * self.tokens
+        """Rows × tokens of all probes, those of prompts included."""
+        return self.probes * self.rows * (self.positions + self.tokens)
 
     def size_of_prompts(self, prefix: Tensor) -> tuple[int, ...]:
         """Of keys and values of all probes' rows, with room for the tokens left; of one prompt [L, 2, H, P, D]."""
@@ -232,12 +232,14 @@ class Graphs:
     blocks, and the other way round the memory would grow by each.
 
     Args:
-        device: where the model is; only on a GPU passes are captured.
+        device: where the model is; only on a GPU, with PyTorch's own allocator, passes are captured.
     """
 
     def __init__(self, device: torch.device):
         self._device = device
-        self._captures = device.type == "cuda"
+        self._captures = device.type == "cuda" and torch.cuda.get_allocator_backend() == "native"
+        # Of captures, and of what shares their memory.
+        self._stream = torch.cuda.Stream(device) if self._captures else None
         self.clear()
 
     def clear(self) -> None:
@@ -287,9 +289,12 @@ class Graphs:
                 if is_out_of_memory(error):
                     raise
                 self._captures = False
+                self._give_up()
+                _keep_forever(self._pool)
                 warnings.warn(f"this model's pass cannot be captured as a CUDA graph: {error}", stacklevel=2)
         if kept.graph is None:
-            return self._run_in_pool(kept, forward) if self._captures else forward(kept.static)
+            in_pool = self._captures or self._pool is not None
+            return self._run_in_pool(kept, forward) if in_pool else forward(kept.static)
         kept.graph.replay()
         return kept.output
 
@@ -306,29 +311,43 @@ class Graphs:
         graph, pool = torch.cuda.CUDAGraph(), self._pool
         assert pool is not None
         shared: Any = pool.id
-        with torch.cuda.graph(graph, pool=shared, stream=_side_stream(self._device)):
+        with torch.cuda.graph(graph, pool=shared, stream=self._stream):
             kept.output = forward(kept.static)
         kept.graph, kept.pool = graph, pool
 
     def _run_in_pool(self, kept: _Pass, forward: Callable[[StaticInputs], Tensor]) -> Tensor:
         """The output of a pass that is launched kernel by kernel."""
-        if self._pool is None:
-            torch.cuda.empty_cache()  # of passes in other memory
-            self._pool = torch.cuda.MemPool()
-        before = self._held() if any(other.graph is not None for other in self._kept.values()) else None
-        side, current = _side_stream(self._device), torch.cuda.current_stream(self._device)
-        side.wait_stream(current)
-        with torch.cuda.stream(side), torch.cuda.use_mem_pool(self._pool):
+        torch.cuda.empty_cache()  # a pool cannot take what other passes left
+        with self._in_pool():
+            torch.cuda.current_blas_handle()  # its workspace, which is no pass's, before all else
+        has_graphs = any(other.graph is not None for other in self._kept.values())
+        before = self._held() if has_graphs else set()
+        with self._in_pool():
             output = forward(kept.static)
-        current.wait_stream(side)
-        if before is not None and self._leaves_more(before, output):
+        if has_graphs and self._leaves_more(before, output):
             gc.collect()
             if self._leaves_more(before, output):
                 self._give_up()
         return output
 
+    @contextmanager
+    def _in_pool(self) -> Iterator[None]:
+        """A context on the stream and in the memory of the captured passes."""
+        with torch.cuda.device(self._device):
+            if self._pool is None:
+                torch._C._cuda_clearCublasWorkspaces()  # else a workspace holds on to the memory before this one
+                self._pool = torch.cuda.MemPool()
+            current = torch.cuda.current_stream()
+            assert self._stream is not None
+            self._stream.wait_stream(current)
+            try:
+                with torch.cuda.stream(self._stream), torch.cuda.use_mem_pool(self._pool):
+                    yield
+            finally:
+                current.wait_stream(self._stream)
+
     def _give_up(self) -> None:
-        """What was captured."""
+        """Forgets what was captured."""
         for kept in self._kept.values():
             kept.graph = kept.pool = None
             kept.output = torch.empty(0)
@@ -348,10 +367,9 @@ class Graphs:
         return {block["address"] for block in blocks if block["state"] == "active_allocated"}
 
 
-@functools.cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all captures: each stream that multiplies matrices keeps some 32 MiB for it."""
-    return torch.cuda.Stream(device)
+def _keep_forever(pool: object) -> None:
+    """A capture that failed goes on holding its memory, and PyTorch ends the process if that is destroyed then."""
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(pool))
 
 
 class _Pass:
