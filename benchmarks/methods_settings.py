@@ -32,9 +32,13 @@ TASKS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 # Scalars that a model trains: all of them, LoRA of rank 8 on queries and values, and what `trainable_layers` leaves.
 TRAINED = {
-    "minilm-mlm": {"all": 22_744_506, "lora": 73_728, "last:2": 3_697_536, "last:3": 5_472_000},
-    "reviews-llama": {"all": 29_893_120, "lora": 131_072, "last:2": 6_425_088, "last:3": 9_637_376},
-}
+    "minilm-mlm": {
+        "all": 22_744_506, "lora": 73_728, "last:2": 3_697_536, "last:3": 5_472_000, "last:1/3": 3_697_536,
+    },
+    "reviews-llama": {
+        "all": 29_893_120, "lora": 131_072, "last:2": 6_425_088, "last:3": 9_637_376, "last:1/3": 9_637_376,
+    },
+}  # fmt: skip
 LORA = {"use_peft": True, "lora_r": 8, "lora_alpha": 16.0}
 LOW_RANK = {"direction": "low_rank", "direction_rank": 2, "direction_refresh_steps": 50}
 FIRST_ORDER = "first order"
@@ -80,6 +84,7 @@ METHODS: dict[str, tuple[dict[str, Any], float]] = {
     # The lower layers are computed once for all passes of a row.
     "fzoo, 8 queries, last 2 layers": ({"estimator": "fzoo", "num_queries": 8, "trainable_layers": "last:2"}, 1e-2),
     "fzoo, 8 queries, last 3 layers": ({"estimator": "fzoo", "num_queries": 8, "trainable_layers": "last:3"}, 1e-2),
+    "fzoo, 8 queries, last third": ({"estimator": "fzoo", "num_queries": 8, "trainable_layers": "last:1/3"}, 1e-2),
     f"fzoo, 8 queries, last 2 layers, linear{THIRD}": (
         {"estimator": "fzoo", "num_queries": 8, "trainable_layers": "last:2", "lr_scheduler_type": "linear"},
         1e-2,

@@ -18,7 +18,7 @@ from mezo.api import eval_model, make_engine, mezo_finetune, replay, summary
 from mezo.encoding import make_encoder
 from mezo.engines.torch.engine import TorchEngine
 from mezo.engines.torch.graphs import Graphs
-from mezo.engines.torch.layers import trainable_names
+from mezo.engines.torch.layers import first_trainable, trainable_names
 from mezo.engines.torch.loading import load_model, load_model_config, load_tokenizer
 from mezo.engines.torch.reuse import TensorStore, prompt_length, shared_prefixes
 from mezo.estimator import Probe, Record, TwoPoint
@@ -407,9 +407,25 @@ def test_trainable_layers_by_pattern(model_folder):
     assert set(engine.space.parameters) == {f"model.layers.1.mlp.{p}_proj.weight" for p in ("gate", "up", "down")}
     assert engine._frozen is not None and engine._frozen.count == 1
     assert engine_for(model_folder("llama"), share=True, peft=False, layers="embed")._frozen is None
-    for spec, message in (("nothing", "matches no parameter"), ("last:9", "has 2 layers"), ("(", "regular expression")):
+    for spec, message in (
+        ("nothing", "matches no parameter"), ("last:9", "has 2 layers"), ("last:0", "has 2 layers"),
+        ("last:1/0", "has 2 layers"), ("last:4/3", "has 2 layers"), ("(", "regular expression"),
+    ):  # fmt: skip
         with pytest.raises(UserError, match=message):
             engine_for(model_folder("llama"), share=True, peft=False, layers=spec)
+
+
+@pytest.mark.parametrize(
+    ("part", "counts"),
+    [("1/3", [1, 1, 1, 2, 3, 4, 13]), ("1/2", [1, 1, 2, 3, 4, 6, 20]), ("3/3", [1, 2, 3, 6, 8, 12, 40])],
+)
+def test_a_part_of_the_layers(model_folder, part, counts):
+    """Rounded to the nearest number of layers, and at least one."""
+    for num_layers, count in zip([1, 2, 3, 6, 8, 12, 40], counts, strict=True):
+        assert first_trainable(f"last:{part}", num_layers) == num_layers - count
+    half, last = (engine_for(model_folder("llama"), share=True, peft=peft, layers="last:1/2") for peft in (False, True))
+    assert set(half.space.parameters) == set(trainable_names(half.model, "last:1"))
+    assert last.space.parameters and all(".layers.1." in name for name in last.space.parameters)
 
 
 @pytest.mark.parametrize("row", TABLE)

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from mezo import philox
 from mezo.config import MeZOConfig
-from mezo.engines.torch.layers import first_layer, last_layers
+from mezo.engines.torch.layers import first_trainable
 from mezo.engines.torch.reuse import reach
 from mezo.errors import UserError
 
@@ -96,11 +96,11 @@ def _check_cache(model_config: PretrainedConfig, engine: str) -> None:
 def _adapted_layers(model: PreTrainedModel, config: MeZOConfig) -> list[int] | None:
     if config.trainable_layers is None:
         return None
-    count = last_layers(config.trainable_layers)
-    if count is None:
-        raise UserError("trainable_layers: with an adapter only last:k; choose modules with lora_target_modules")
     num_layers = model.config.num_hidden_layers
-    return list(range(first_layer(count, num_layers), num_layers))
+    first = first_trainable(config.trainable_layers, num_layers)
+    if first is None:
+        raise UserError("trainable_layers: with an adapter only last:k; choose modules with lora_target_modules")
+    return list(range(first, num_layers))
 
 
 def target_modules(model: PreTrainedModel, wanted: list[str] | None) -> list[str]:

@@ -98,7 +98,8 @@ class MeZOConfig:
         alora_invocation_tokens: Token ids whose last occurrence switches an activated LoRA on, as in PEFT; if not
             given, what all training prompts end with, at most 16 tokens.
         trainable_layers: Train only these: `last:4` is the last four layers and the norm or classification head above
-            them; anything else is a regular expression over parameter names. Layers below are computed once per row.
+            them, `last:1/3` the last third; anything else is a regular expression over parameter names. Layers below
+            are computed once per row.
         num_virtual_tokens: Length of the prefix.
         method: mezo is what the options say, as published if they say nothing; auto sets estimator, optimizer,
             directions, epsilon and learning rate as measurements chose them for all parameters or LoRA, wherever an

@@ -13,13 +13,25 @@ from transformers import Cache, PreTrainedModel
 from mezo.errors import UserError
 
 POSITIONS_FIRST = frozenset(["xlnet"])  # models whose hidden states are [S, R, D]
-_LAST = re.compile(r"last:(\d+)")
+_LAST = re.compile(r"last:(\d+)(?:/(\d+))?")
 
 
-def last_layers(spec: str | None) -> int | None:
-    """k of `last:k`, or None for a pattern."""
-    found = _LAST.fullmatch(spec or "")
-    return int(found[1]) if found else None
+def first_trainable(spec: str, num_layers: int) -> int | None:
+    """Number of the first layer that `trainable_layers` means with `last:k` or a part as `last:1/3`, rounded to whole
+    layers and at least one; None if it is a pattern.
+
+    Raises:
+        UserError: there are not so many layers.
+    """
+    found = _LAST.fullmatch(spec)
+    if found is None:
+        return None
+    count, parts = int(found[1]), int(found[2] or 0)
+    if parts and 0 < count <= parts:
+        count = max(1, (2 * num_layers * count + parts) // (2 * parts))
+    elif found[2] is not None or not 0 < count <= num_layers:
+        raise UserError(f"trainable_layers {spec}: the model has {num_layers} layers")
+    return num_layers - count
 
 
 def trainable_names(model: PreTrainedModel, spec: str) -> list[str]:
@@ -29,8 +41,7 @@ def trainable_names(model: PreTrainedModel, spec: str) -> list[str]:
         UserError: there are none, or not so many layers.
     """
     names = [name for name, p in model.named_parameters() if p.is_floating_point()]
-    count = last_layers(spec)
-    if count is None:
+    if _LAST.fullmatch(spec) is None:
         try:
             chosen = [name for name in names if re.search(spec, name)]
         except re.error as error:
@@ -39,15 +50,8 @@ def trainable_names(model: PreTrainedModel, spec: str) -> list[str]:
             raise UserError(f"trainable_layers {spec!r} matches no parameter; the first are {', '.join(names[:3])}")
         return chosen
     prefix, layers = transformer_layers(model)
-    first = first_layer(count, len(layers))
+    first = first_trainable(spec, len(layers)) or 0
     return [name for name in names if (_number(name, prefix) or 0) >= first or _is_above(model, name, prefix)]
-
-
-def first_layer(count: int, num_layers: int) -> int:
-    """Number of the first of the last `count` layers."""
-    if not 0 < count <= num_layers:
-        raise UserError(f"trainable_layers last:{count}: the model has {num_layers} layers")
-    return num_layers - count
 
 
 def transformer_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
