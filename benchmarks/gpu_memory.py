@@ -24,14 +24,7 @@ from gpu_step import METHODS, SHAPES, make_folder
 from provenance import provenance, write
 
 from mezo.api import limit_memory
-from mezo.bench import (
-    BenchOptions,
-    make_bench_engine,
-    make_examples,
-    mezo_step,
-    two_forwards,
-    window_ends,
-)
+from mezo.bench import BenchOptions, make_bench_engine, make_examples, mezo_step, two_forwards, window_ends
 from mezo.engines.torch.engine import TorchEngine
 from mezo.estimator import Record, TwoPoint
 from mezo.objective import Example, Target, TokenSequence

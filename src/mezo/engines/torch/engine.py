@@ -265,9 +265,9 @@ class TorchEngine:
         self._settle()
         known = self._num_known
         found = self._generated(prompts, probes, max_new_tokens, stop)
-        return (
-            found if self._num_known == known else self._generated(prompts, probes, max_new_tokens, stop)
-        )  # as in `_scores`
+        if self._num_known != known:  # as in `_scores`
+            found = self._generated(prompts, probes, max_new_tokens, stop)
+        return found
 
     def _generated(
         self, prompts: Sequence[tuple[int, ...]], probes: Sequence[Probe], max_new_tokens: int, stop: str | None
