@@ -15,7 +15,6 @@ import argparse
 import gc
 import sys
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -120,13 +119,13 @@ def start() -> None:
     torch.cuda.reset_peak_memory_stats()
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["low rank", "LoRA", "dense"])
     parser.add_argument("--mixed", choices=SHAPES, default="opt-13b")
     parser.add_argument("--limited", choices=SHAPES, default="opt-1.3b")
     parser.add_argument("--output", type=Path)
-    parsed = parser.parse_args(arguments)
+    parsed = parser.parse_args()
     columns = ("plain_gib", "peak_gib", "ratio", "captured", "captured_gib", "weights_gb", "unlimited_gb", "limit_gb",
                "reserved_gb", "passes_cut", "losses_apart", "signs_apart", "same_parameters", "passed")  # fmt: skip
     rows: list[dict[str, Any]] = []

@@ -17,6 +17,7 @@ from mezo.engines.torch.low_rank import LowRank
 from mezo.errors import EngineError
 from mezo.estimator import Probe, Record
 from tests.conftest import SENTIMENT_ROWS
+from tests.test_graphs import as_on_gpu
 
 PROBES = [Probe(7, 0.05), Probe(7, -0.05)]
 PROMPT = {"template": "{text} it was", "label_words": {"0": "bad", "1": "great , good"}}
@@ -101,9 +102,8 @@ def test_after_a_pass_that_did_not_fit_no_probe_goes_on_from_anothers(model_fold
 
 def with_graphs(engine, monkeypatch):
     """Static passes that hold memory, as captured ones do."""
-    engine._graphs = Graphs(engine.model.device)
     monkeypatch.setattr(Graphs, "num_bytes", property(lambda graphs: len(graphs._kept)))
-    return engine
+    return as_on_gpu(engine)
 
 
 def test_what_finds_no_memory_runs_again_without_captured_passes(model_folder, monkeypatch, tmp_path):
@@ -135,25 +135,25 @@ def test_what_finds_no_memory_runs_again_without_captured_passes(model_folder, m
         engine.digest()
 
 
-def test_an_evaluation_takes_the_memory_of_captured_passes(model_folder, monkeypatch):
+@pytest.mark.parametrize("is_large", [False, True])
+def test_an_evaluation_takes_the_memory_of_captured_passes(model_folder, monkeypatch, is_large):
+    """A large model's gives it back first, another's where memory runs out."""
     trainer = build_trainer(MeZOConfig(model_name_or_path=model_folder("opt"), **PROMPT), SENTIMENT_ROWS[:8])
     engine, examples = with_graphs(trainer.engine, monkeypatch), trainer.train_examples
     expected = engine.score(examples)
+    monkeypatch.setattr(engine_module, "_LARGE_FLOPS", 0.0 if is_large else math.inf)
+    engine._graphs.inputs(Shape.of(2, True, True, 4, 8, 0, 4, 4, False))
+    ran_out = []
 
     def crowded(*_):
         if engine._graphs._kept:
+            ran_out.append(1)
             on_gpu()
 
-    for large, handle in ((1e99, engine.model.get_decoder().register_forward_pre_hook(crowded)), (0.0, None)):
-        monkeypatch.setattr(engine_module, "_LARGE_FLOPS", math.inf)
-        if handle is None:  # a large model's gives them back by itself
-            monkeypatch.setattr(engine_module, "_LARGE_FLOPS", large)
-        engine._checked_reads = True
-        engine._graphs.inputs(Shape.of(2, True, True, 4, 8, 0, 4, 4, False))
-        assert torch.equal(engine.score(examples).logprobs_T, expected.logprobs_T)
-        assert not engine._graphs._kept and engine._most_tokens == math.inf
-        if handle is not None:
-            handle.remove()
+    engine.model.get_decoder().register_forward_pre_hook(crowded)
+    assert torch.equal(engine.score(examples).logprobs_T, expected.logprobs_T)
+    assert not engine._graphs._kept and engine._most_tokens == math.inf
+    assert bool(ran_out) != is_large
 
 
 def test_what_is_read_is_learned_from_one_example(model_folder, monkeypatch):

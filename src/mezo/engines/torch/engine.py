@@ -574,9 +574,7 @@ class TorchEngine:
         if self._beginning is not None and self._beginning.probes != tuple(probes):
             self._beginning = None
         ready = () if self._beginning is None else self._beginning.tokens
-        stages = self._stages(examples, len(probes), ready, self._common)
-        if self._frozen is not None:
-            stages = self._above(self._frozen, self._hidden_states(self._frozen, examples), stages)
+        stages = self._trained_stages(examples, len(probes), ready, self._common)
         if len(stages) == 1 and not greedy and self._is_static(stages[0], probes):
             return self._read_static(stages[0], sequences, probes, greedy)
         known, before = self._num_known, self._work_of_passes()
@@ -594,21 +592,19 @@ class TorchEngine:
 
         A pass that does not know it yet takes more memory than the later ones.
         """
-        before, common, self._common, self._beginning = self._work_of_passes(), self._common, (), None
+        before, self._beginning = self._work_of_passes(), None
         read_names: set[str] = set()
         try:
             for some in (examples[:1], examples[1:]):
                 sequences = [s for e in some for s in e.sequences]
-                stages = self._stages(some, len(probes))
-                if self._frozen is not None:
-                    stages = self._above(self._frozen, self._hidden_states(self._frozen, some), stages)
+                stages = self._trained_stages(some, len(probes))
                 found = self._launched(stages, sequences, probes, greedy=False)[1]
                 assert found is not None
                 read_names |= found
                 if not self._unread(read_names) or len(examples) == 1:
                     break
         finally:
-            self._common, self._beginning = common, None
+            self._beginning = None
             self._undo_work(before)
         self._report_unread(read_names)
 
@@ -627,6 +623,15 @@ class TorchEngine:
             return scores, None
         reader = inside.weights if isinstance(inside, PerturbedForward) else self._lora
         return scores, None if reader is None else reader.read_names
+
+    def _trained_stages(
+        self, examples: Sequence[Example], num_probes: int, known: tuple[int, ...] = (), wanted: tuple[int, ...] = ()
+    ) -> list[Stage]:
+        """`_stages`, above frozen layers if there are any."""
+        stages = self._stages(examples, num_probes, known, wanted)
+        if self._frozen is None:
+            return stages
+        return self._above(self._frozen, self._hidden_states(self._frozen, examples), stages)
 
     def _stages(
         self, examples: Sequence[Example], num_probes: int, known: tuple[int, ...] = (), wanted: tuple[int, ...] = ()

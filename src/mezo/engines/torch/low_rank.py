@@ -36,7 +36,7 @@ from mezo import philox
 from mezo.engines.torch.buffer import ProbeBuffers
 from mezo.engines.torch.optimizer import Muon, Optimizer
 from mezo.engines.torch.rounding import stochastic_round
-from mezo.engines.torch.space import CHUNK, ParameterSpace, TensorHasher
+from mezo.engines.torch.space import CHUNK, ParameterSpace, named_digest
 from mezo.estimator import Probe, Record
 from mezo.kernels import gpu as gpu_kernels
 from mezo.kernels.layers import LowRankSum, on_gpu
@@ -156,10 +156,7 @@ class LowRank:
 
     def digest(self) -> str:
         """Hash of the present values, of which one at a time is formed."""
-        hasher = TensorHasher()
-        for name in sorted(self.space.parameters):
-            hasher.update(name, self.folded(name))
-        return hasher.hexdigest()
+        return named_digest(self.space.parameters, self.folded)
 
     def _write_folded(self, name: str, out_N: Tensor) -> None:
         """The same into memory of that type, perhaps the parameter's own."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -211,9 +211,14 @@ class TensorHasher:
 
 def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
     """Hash of the tensors in the order of their names."""
+    return named_digest(tensors, tensors.__getitem__)
+
+
+def named_digest(names: Iterable[str], tensor_of: Callable[[str], Tensor]) -> str:
+    """The same of tensors that are formed by name, one at a time."""
     hasher = TensorHasher()
-    for name in sorted(tensors):
-        hasher.update(name, tensors[name])
+    for name in sorted(names):
+        hasher.update(name, tensor_of(name))
     return hasher.hexdigest()
 
 
