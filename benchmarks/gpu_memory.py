@@ -3,8 +3,8 @@
     python benchmarks/gpu_memory.py [--methods "low rank" …] [--mixed opt-13b] [--limited opt-1.3b] [--output FILE.csv]
 
 Mixed: four batches of 16 rows of 40 to 400 tokens, each three times, so that passes are captured on the way, then an
-evaluation and a window's end; the most that was reserved, captured passes included, against two plain passes over the
-same batches while nothing but the weights is there.
+evaluation and a window's end; the most that was reserved by each of them, captured passes included, against two plain
+passes over the same batches while nothing but the weights is there.
 
 Limited: 32 rows of 256 tokens in float32, with half of what training takes beside the weights; losses, updated
 parameters and the memory that was reserved against a run without a limit. Prints PASS or FAIL. Random weights of real
@@ -64,13 +64,15 @@ def mixed(options: BenchOptions, plain_gib: float) -> dict[str, Any]:
             mezo_step(engine, batch, step)
         captured = sum(kept.graph is not None for kept in engine._graphs._kept.values()) if engine._graphs else 0
         captured_gib = engine.graph_bytes / 2**30
+        steps_gib = torch.cuda.max_memory_reserved() / 2**30
         engine.score([example for batch in batches for example in batch])
+        evaluated_gib = torch.cuda.max_memory_reserved() / 2**30
     if engine._low_rank is not None:
         window_ends(engine, 1)
     peak = torch.cuda.max_memory_reserved() / 2**30
     return {
         "rows": ROWS, "tokens": "{} to {}".format(*TOKENS), "plain_gib": plain_gib, "peak_gib": peak,
-        "ratio": peak / plain_gib, "captured": captured,
+        "ratio": peak / plain_gib, "steps_gib": steps_gib, "evaluated_gib": evaluated_gib, "captured": captured,
         "captured_gib": captured_gib, "passed": peak <= MOST * plain_gib,
     }  # fmt: skip
 
@@ -126,8 +128,9 @@ def main() -> int:
     parser.add_argument("--limited", choices=SHAPES, default="opt-1.3b")
     parser.add_argument("--output", type=Path)
     parsed = parser.parse_args()
-    columns = ("plain_gib", "peak_gib", "ratio", "captured", "captured_gib", "weights_gb", "unlimited_gb", "limit_gb",
-               "reserved_gb", "passes_cut", "losses_apart", "signs_apart", "same_parameters", "passed")  # fmt: skip
+    columns = ("plain_gib", "peak_gib", "ratio", "steps_gib", "evaluated_gib", "captured", "captured_gib",
+               "weights_gb", "unlimited_gb", "limit_gb", "reserved_gb", "passes_cut", "losses_apart", "signs_apart",
+               "same_parameters", "passed")  # fmt: skip
     rows: list[dict[str, Any]] = []
 
     def note(check: str, shape: str, method: str, found: dict[str, Any]) -> None:
