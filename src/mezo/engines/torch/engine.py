@@ -177,6 +177,9 @@ class TorchEngine:
         self._kept_work = Work()  # of it what went into the store
         self._lora = BatchedLoRA(model, self.space) if BatchedLoRA.fits(model, self.space) else None
         self.resumes_every = low_rank[1] if low_rank is not None else 1
+        on_gpu = model.device.type == "cuda"
+        if on_gpu:
+            torch.cuda.empty_cache()  # what lives as long as the engine would hold on to what loading has left
         self._low_rank: LowRank | None = None
         if low_rank is not None:
             self._low_rank = LowRank(self.space, *low_rank, optimizer, subspace=subspace)
@@ -195,7 +198,6 @@ class TorchEngine:
         self._most_positions = (getattr(text, "max_position_embeddings", None) or math.inf) - self._prefix_tokens
         self._takes_masks = text._attn_implementation in ("eager", "sdpa")  # of four dimensions, others' kernels don't
         self._frozen = self._frozen_layers()
-        on_gpu = model.device.type == "cuda"
         self._copies = self._copies_within(_COPY_BYTES if on_gpu and share else 0)
         keeps_keys = on_gpu and self._forms_weights and gpu_kernels.enabled()
         self._keys = ProbeKeys(self.space, model.device) if keeps_keys else None
