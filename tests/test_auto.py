@@ -456,6 +456,19 @@ def test_where_nobody_gets_to_plain_mezo_on_all_timed_tasks_the_most_accurate():
     assert adam.ratios == [float("inf"), 0.01]  # it never gets to 80 on the first
 
 
+def test_seconds_of_other_tasks_than_sst2_decide_nothing():
+    """lozo is the quicker on SST-2 and does not get to plain MeZO's accuracy on TREC."""
+    other = "minilm-mlm/trec"
+    found = [
+        *measured(ENCODER, "mezo", [0.80]), *measured(DECODER, "mezo", [0.80]), *measured(other, "mezo", [0.60]),
+        *measured(ENCODER, "lozo", [0.80], 400), *measured(DECODER, "lozo", [0.80], 400),
+        *measured(other, "lozo", [0.59], 400),
+    ]  # fmt: skip
+    entry = methods_choice.entries(found)["full"]
+    assert entry["method"] == "lozo"
+    assert [row["seconds_over_plain"] for row in entry["rows"]] == [0.2, 0.2, float("inf")]
+
+
 def test_tasks_without_seconds_count_by_accuracy_alone():
     """What was not timed leaves no figure in the table, either; of four rates it is the second."""
     untimed = "minilm-mlm/trec"
