@@ -123,11 +123,12 @@ def table(found: list[Row], show: Callable[[str], None] = print) -> None:
 
 
 def page_table(found: list[Row]) -> str:
-    """The same of the tasks that plain MeZO was measured on, for a page; those without seconds in a second table."""
+    """The same of the tasks that plain MeZO was measured on, for a page; SST-2 in a table, the others in another."""
     measured = {task: methods for task, methods in finals(found).items() if "mezo" in methods}
     tables = []
-    for timed in (True, False):
-        tasks = {t: of for t, of in measured.items() if math.isnan(of["mezo"].step_seconds) != timed}
+    for sentiment in (True, False):
+        tasks = {t: of for t, of in measured.items() if t.endswith("/sst2") == sentiment}
+        timed = any(not math.isnan(of["mezo"].step_seconds) for of in tasks.values())
         names = [f"{task}, % | passes" + " | s" * timed for task in tasks]
         lines = [f"| method | {' | '.join(names)} |", "|---|" + "---|" * (2 + timed) * len(tasks)]
         for method in (*METHODS, *TWINS):

@@ -286,7 +286,7 @@ def test_report_by_hand(tmp_path):
         "| mezo | 81.0 (80.0–82.0) | 4,000 | 20.0 |",
         "| lozo, adam | 83.0 (82.0–84.0) | 2,000 | 5.0 |",
     ]
-    # A task without seconds gets a table of its own.
+    # Other tasks get a table of their own; where they have no seconds, without them.
     elsewhere = [{**row, "task": "minilm-mlm/rte"} for row in found if row["phase"] == "train" and row["seed"] < "2"]
     assert methods_report.page_table(found + elsewhere).splitlines()[4:] == [
         "",
