@@ -218,6 +218,18 @@ def test_a_chat_prompt(model_folder):
     assert example.question.columns == row
 
 
+def test_a_reward_file_with_a_dataclass_and_one_that_fails(tmp_path):
+    (tmp_path / "own.py").write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n\n@dataclass\nclass Length:\n"
+        "    scale: float = 2.0\n\ndef long(prompts, completions, **_):\n"
+        "    return [Length().scale * len(c) for c in completions]\n"
+    )
+    assert load_reward(f"{tmp_path / 'own.py'}:long")([], ["abc"]) == [6.0]
+    (tmp_path / "own.py").write_text("1 / 0\n")
+    with pytest.raises(UserError, match="long': ZeroDivisionError: division by zero"):
+        load_reward(f"{tmp_path / 'own.py'}:long")
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

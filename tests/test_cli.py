@@ -181,6 +181,20 @@ def test_train_eval_replay(capsys, model_folder, tmp_path, jsonl, model, method)
         assert_same_weights(run, tmp_path / "start")
 
 
+def test_eval_of_what_the_training_held_out(capsys, caplog, model_folder, tmp_path, jsonl):
+    base, run, data = model_folder("llama"), tmp_path / "run", jsonl(SENTIMENT_ROWS)
+    mezo(capsys, *train_arguments(base, data, run, *PROMPTED, *LORA, "--validation_size", 24, "--eval_steps", 12))
+    (logged,) = [e for e in json.loads((run / "trainer_state.json").read_text())["log_history"] if "eval_loss" in e]
+    where = ("--model_name_or_path", base, "--adapter_name_or_path", run, "--dataset_name", data, "--json")
+    found = json.loads(mezo(capsys, "eval", *where, "--validation_size", 24))
+    assert (found["loss"], found["num_examples"]) == (logged["eval_loss"], 24)
+    everything = run_cli(capsys, "eval", *where)
+    assert json.loads(everything.out)["num_examples"] == len(SENTIMENT_ROWS)
+    assert f"{data} holds the rows that the run trained on; --validation_size 24 evaluates those" in everything.err
+    shown = ("--validation_size", 24, "--num_demonstrations", 2)  # of the others
+    assert json.loads(mezo(capsys, "eval", *where, *shown))["num_examples"] == 24
+
+
 def mean_of_losses(run):
     records = [r for step in journal.read(run / "journal").steps for r in step]
     return math.fsum((r.loss_plus + r.loss_minus) / 2 for r in records) / len(records)

@@ -128,6 +128,8 @@ def test_clipping_by_a_lagged_quantile():
         step(1.0)
     assert clip.limit() == 1.0  # the window has moved on
     assert step(7.0) == [1.0]
+    clip.observe([0.0] * 20)
+    assert clip.limit() == math.inf  # 0 would stop the run
 
 
 @pytest.mark.parametrize("kind", ["constant", "linear", "cosine"])

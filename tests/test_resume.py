@@ -5,6 +5,7 @@ import functools
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from mezo import checkpoint, journal
 from mezo.api import build_trainer, replay
 from mezo.config import MeZOConfig
 from mezo.errors import JournalError, UserError
+from mezo.header import check_header
 from tests.conftest import SENTIMENT_ROWS
 
 SPACES = {
@@ -207,6 +209,15 @@ def test_resume_refuses_other_settings(model_folder, tmp_path, change, message):
     train(make_config(model, tmp_path / "run", "full", max_steps=3))
     with pytest.raises(JournalError, match=message):
         train(make_config(model, tmp_path / "run", "full", resume_from_checkpoint=True, **change))
+
+
+@pytest.mark.parametrize("objective", ["loss", "accuracy", "f1", "reward"])
+def test_max_new_tokens_decides_losses_where_texts_are_generated(objective):
+    header = dict.fromkeys(("rng", "model_digest", "initial_digest", "data_digest"), "")
+    before, now = ({**header, "config": {"objective": objective, "max_new_tokens": n}} for n in (4, 8))
+    refused = pytest.raises(JournalError, match="started with max_new_tokens 4, now it is 8")
+    with refused if objective in ("f1", "reward") else nullcontext():
+        check_header(before, now, Path("journal"))
 
 
 def test_resume_refuses_other_data_and_other_models(model_folder, tmp_path):

@@ -72,6 +72,23 @@ PUBLISHED = [
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize(("objective", "over_options"), [("loss", False), ("accuracy", True)])
+def test_copa_has_options_where_they_are_what_is_trained(objective, over_options):
+    config = MeZOConfig(model_name_or_path="x", task="copa", objective=objective)
+    filled = load_task("copa").fill_in(config, encoder_model=False, test_split=False)
+    assert filled.train_as_classification is over_options
+
+
+def test_best_by_the_rows_that_a_task_reports_on_is_told(model_folder, sentiment, tmp_path, caplog):
+    options = {"model_name_or_path": model_folder("llama"), "task": "sst2", "dataset_name": sentiment, "max_steps": 1,
+               "eval_steps": 1, "load_best_model_at_end": True, "output_dir": str(tmp_path)}  # fmt: skip
+    build_trainer(MeZOConfig.from_dict(options))
+    assert "the best checkpoint is chosen by the rows that task sst2 reports on" in caplog.text
+    caplog.clear()
+    build_trainer(MeZOConfig.from_dict({**options, "validation_size": 2}))
+    assert "reports on" not in caplog.text
+
+
 def asked(task_name, encoder_model, row):
     """(prompt, answers, right ones) of a row, as an encoder's prompt with its mask or as a decoder reads it."""
     task = load_task(task_name)

@@ -115,6 +115,11 @@ def test_the_presets_grid(model_folder):
 def test_what_tune_cannot_do(config):
     for values, options, message in (
         ({"validation_size": 0.0}, TuneOptions(), "tune chooses by evaluation"),
+        (
+            {"validation_size": 0.0, "task": "sst2", "dataset_name": None, "template": None, "label_words": None},
+            TuneOptions(),
+            "tune would choose by the rows that task sst2 reports on; give num_shots or validation_size",
+        ),
         ({"lr_scheduler_type": "linear"}, TuneOptions(), "use rounds 1 or constant"),
         ({}, TuneOptions(rounds=0), "at least 1 round"),
     ):

@@ -160,7 +160,12 @@ def build_trainer(
     encoder_model = is_encoder(model_config)
     task = load_task(config.task) if config.task is not None else None
     if task is not None:
-        test_split = _has_test_split(config, train_dataset, eval_dataset)
+        test_split = reports_on_test_split(config, train_dataset, eval_dataset)
+        if test_split and config.load_best_model_at_end:
+            logger.warning(
+                "the best checkpoint is chosen by the rows that task %s reports on; validation_size holds others out",
+                config.task,
+            )
         config = task.fill_in(config, encoder_model=encoder_model, test_split=test_split)
     splits = load_splits(config, train_dataset, eval_dataset, task)
     train_rows: list[Row] = list(splits.train)
@@ -207,9 +212,13 @@ def build_trainer(
     return MeZOTrainer(config, engine, train_examples, eval_examples, header, callbacks, rewards=rewards)
 
 
-def _has_test_split(config: MeZOConfig, train: TrainData | None, evaluation: TrainData | None) -> bool:
+def reports_on_test_split(
+    config: MeZOConfig, train: TrainData | None = None, evaluation: TrainData | None = None
+) -> bool:
     """Whether a task's test split is evaluated during training: not if other rows are, nor in a single file."""
     if config.num_shots is not None or config.validation_size or config.eval_dataset_name is not None:
+        return False
+    if config.dataset_test_split is not None:
         return False
     source = train if train is not None else config.dataset_name
     in_splits = source is None or (isinstance(source, (str, Path)) and not Path(source).is_file())
@@ -445,7 +454,10 @@ def eval_model(config: MeZOConfig, adapter: str | Path | None = None, dataset: T
     labels: Sequence[str] | None = None
     if journal_path.exists():
         contents = journal.read(journal_path)
-        config = _filled_in(config, journal_config(contents))
+        recorded = journal_config(contents)
+        if dataset is None:
+            _warn_of_training_rows(config, recorded)
+        config = _filled_in(config, recorded)
         labels = contents.header["labels"] or None  # type: ignore[assignment]
     config = with_safetensors(config)
     model_config = load_model_config(config)
@@ -455,7 +467,7 @@ def eval_model(config: MeZOConfig, adapter: str | Path | None = None, dataset: T
     encoder_model = is_encoder(model_config)
     task = load_task(config.task) if config.task is not None else None
     if task is not None:
-        own_rows = dataset is not None or config.eval_dataset_name is not None
+        own_rows = dataset is not None or config.eval_dataset_name is not None or config.validation_size > 0
         config = task.fill_in(config, encoder_model=encoder_model, test_split=not own_rows)
     rows: list[Row] = list(load_test_rows(config, dataset, task))
     encoder = make_encoder(
@@ -475,6 +487,16 @@ def eval_model(config: MeZOConfig, adapter: str | Path | None = None, dataset: T
         if tokens:
             examples = activate(examples, tokens)
     return evaluate(make_engine(config, model, tokenizer), examples, config.max_new_tokens, make_rewards(config))
+
+
+def _warn_of_training_rows(config: MeZOConfig, recorded: MeZOConfig) -> None:
+    """A single file has no split but the one that was trained on."""
+    evaluated = config.eval_dataset_name or (None if config.validation_size else config.dataset_name)
+    if evaluated is None or evaluated != recorded.dataset_name or not Path(evaluated).is_file():
+        return
+    held_out = recorded.validation_size
+    advice = f"; --validation_size {held_out:g} evaluates those that it held out" if held_out else ""
+    logger.warning("%s holds the rows that the run trained on%s", evaluated, advice)
 
 
 def _filled_in(config: MeZOConfig, recorded: MeZOConfig) -> MeZOConfig:

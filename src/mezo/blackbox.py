@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,14 +80,15 @@ def load_reward(name: str) -> RewardFunction:
         path, _, attribute = name.rpartition(".")
     try:
         if path.endswith(".py"):
-            spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+            spec = importlib.util.spec_from_file_location(str(Path(path).absolute()), path)
             assert spec is not None and spec.loader is not None
             module = importlib.util.module_from_spec(spec)
+            sys.modules[spec.name] = module  # dataclasses look for theirs there
             spec.loader.exec_module(module)
         else:
             module = importlib.import_module(path)
-    except (ImportError, FileNotFoundError, ValueError) as error:
-        raise UserError(f"reward_funcs {name!r}: {error}") from None
+    except Exception as error:  # of code that is not ours
+        raise UserError(f"reward_funcs {name!r}: {type(error).__name__}: {error}") from None
     found = getattr(module, attribute, None)
     if not callable(found):
         raise UserError(f"reward_funcs {name!r}: there is no function {attribute!r} in {path}")

@@ -87,11 +87,18 @@ def load_eval_rows(
 
 
 def load_test_rows(config: MeZOConfig, dataset: TrainData | None, task: Task | None) -> Dataset:
-    """The rows that `mezo eval` evaluates: those that the config names, at most `max_eval_samples` drawn by seed."""
+    """The rows that `mezo eval` evaluates: those that the config names, at most `max_eval_samples` drawn by seed.
+
+    With `validation_size` those that a training with the same seed holds out.
+    """
     rows = load_eval_rows(config, dataset)
     if rows is None:
         if config.dataset_name is None:
             raise UserError("dataset_name is missing: a file, a folder or a Hub name; or a task")
+        if config.validation_size:
+            held_out = load_splits(config, task=task).evaluation
+            assert held_out is not None
+            return held_out
         rows = load_rows(config.dataset_name, config.dataset_config, "validation", "test", "train")
     return _sample(prepared(rows, config, task), config.max_eval_samples, data_seed(config))
 
@@ -104,6 +111,8 @@ def load_demonstrations(config: MeZOConfig, dataset: TrainData | None, task: Tas
     if source is None:
         raise UserError("num_demonstrations needs training rows: dataset_name is missing")
     evaluated_elsewhere = dataset is not None or config.eval_dataset_name not in (None, source)
+    if config.validation_size and not evaluated_elsewhere:
+        return draw_demonstrations(config, load_splits(config, task=task).train)
     if Path(source).is_file() and not evaluated_elsewhere:
         raise UserError(
             f"num_demonstrations: {source} is evaluated as well; name the rows to evaluate as eval_dataset_name"

@@ -218,14 +218,17 @@ class QuantileClip:
         return clipped
 
     def limit(self) -> float:
-        """The quantile at present, by linear interpolation; infinite while there is too little to tell."""
+        """The quantile at present, by linear interpolation; infinite while there is too little to tell.
+
+        And where it is 0, as with an objective that counts answers and seldom differs: nothing would move any more.
+        """
         values = sorted(self._window)
         if 10 * len(values) < (self._window.maxlen or 0) or not values:
             return math.inf
         place = self._quantile * (len(values) - 1)
         low = math.floor(place)
         high = min(low + 1, len(values) - 1)
-        return values[low] + (place - low) * (values[high] - values[low])
+        return values[low] + (place - low) * (values[high] - values[low]) or math.inf
 
     def observe(self, coefficients: Sequence[float]) -> None:
         """Values of a step, unlimited."""

@@ -88,7 +88,8 @@ def check_header(recorded: JsonObject, present: JsonObject, path: Path) -> None:
     assert isinstance(before, dict) and isinstance(now, dict)
     chosen = OPTIONS if before.get("method") == now.get("method") == "auto" else ()  # maybe by another version's table
     for key, value in before.items():
-        if key not in _MAY_CHANGE and now.get(key) != value:
+        may_change = key in _MAY_CHANGE or (key == "max_new_tokens" and now["objective"] in ("loss", "accuracy"))
+        if not may_change and now.get(key) != value:
             mend = f"; name {key} to go on" if key in chosen else ""
             raise JournalError(f"{path}: the run was started with {key} {value!r}, now it is {now.get(key)!r}{mend}")
 
@@ -118,7 +119,6 @@ _MAY_CHANGE = frozenset(
         "method",
         "task",
         "num_demonstrations",
-        "max_new_tokens",
         "dataset_name",
         "dataset_config",
         "eval_dataset_name",

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mezo import checkpoint, journal
-from mezo.api import build_trainer
+from mezo.api import build_trainer, reports_on_test_split
 from mezo.cli.options import TuneOptions
 from mezo.config import MeZOConfig
 from mezo.errors import NonFiniteLossError, UserError
@@ -56,6 +56,11 @@ def tune(config: MeZOConfig, options: TuneOptions, report: Callable[[Trial], Non
         raise UserError("tune needs at least 1 round and a reduction of at least 2")
     if options.rounds > 1 and config.lr_scheduler_type != "constant":
         raise UserError(f"lr_scheduler_type {config.lr_scheduler_type} ends with each round; use rounds 1 or constant")
+    if config.task is not None and reports_on_test_split(config):
+        raise UserError(
+            f"tune would choose by the rows that task {config.task} reports on; give num_shots or validation_size, or "
+            "name dataset_test_split"
+        )
     rates = options.learning_rates or tuple(float(f"{config.learning_rate * 10**e:.1e}") for e in (-1, -0.5, 0, 0.5))
     candidates = list(itertools.product(rates, options.epsilons or (config.epsilon,)))
     known = _read(Path(config.output_dir))

@@ -21,11 +21,13 @@ class EvalOptions:
         adapter_name_or_path: Folder of a PEFT adapter for the model.
         task: Task of the paper by name (sst2, rte, squad, …) or a YAML file: data set, split, template, label words.
         num_demonstrations: In-context examples before each prompt: rows of the training split, drawn by seed.
-        seed: Seed of what is drawn.
+        seed: Seed of what is drawn; for validation_size that of the training (its data_seed, if it had one).
         dataset_config: Configuration of the data set on the Hub.
-        dataset_train_split: Split of the in-context examples.
+        dataset_train_split: Split of the in-context examples, and of validation_size.
         dataset_test_split: Split to evaluate; the task's, or validation, test or train, the first there is.
         eval_dataset_name: File, folder or Hub name to evaluate on, if that is another than the in-context examples'.
+        validation_size: Evaluate the rows that a training with this option held out (a share below 1, or a number),
+            if no others are named.
         max_eval_samples: Evaluate at most that many rows, drawn by seed.
         template: Prompt with the row's columns in braces.
         label_words: Word for each label.
@@ -52,6 +54,7 @@ class EvalOptions:
     dataset_train_split: str = "train"
     dataset_test_split: str | None = None
     eval_dataset_name: str | None = None
+    validation_size: float = 0.0
     max_eval_samples: int | None = None
     template: str | None = None
     label_words: dict[str, str] | None = None

@@ -91,7 +91,7 @@ class Task:
         if test_split and config.dataset_test_split is None:
             values |= {"dataset_test_split": self.dataset_test_split}
         if config.train_as_classification is None:
-            values |= {"train_as_classification": self.train_as_classification}
+            values |= {"train_as_classification": self.train_as_classification or config.objective == "accuracy"}
         return dataclasses.replace(config, **values)  # type: ignore[arg-type]
 
     def prepare(self, rows: Dataset, config: MeZOConfig) -> Dataset:
