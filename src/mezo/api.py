@@ -69,7 +69,7 @@ def mezo_finetune(
     reward_funcs: RewardFunction | str | Sequence[RewardFunction | str] = (),
     **options: object,
 ) -> TrainResult:
-    """Fine-tunes a language model with forward passes only. Defaults are the paper's RoBERTa setting.
+    """Fine-tunes a language model with forward passes only. Defaults are the paper's RoBERTa setting but for num_steps.
 
     Args:
         model_path: folder or Hub name of a decoder language model or an encoder.
@@ -91,8 +91,13 @@ def mezo_finetune(
             `MeZOConfig`. Rows need a prompt.
         options: further fields of `MeZOConfig`: method, task, template, label_words, eval_steps, …
 
+    Returns:
+        Folder of the weights, path of the journal, mean training loss, metrics of the last evaluation.
+
     Raises:
-        UserError: options or data that cannot work.
+        UserError: options, data or a model that cannot work.
+        JournalError: a journal that does not belong to this run, or is damaged.
+        EngineError: SGLang's servers do not answer as they should, or one example does not fit into memory.
         NonFiniteLossError: the loss became NaN or infinite; the last good weights are in a checkpoint.
     """
     named = isinstance(train_dataset, (str, Path))
@@ -150,6 +155,10 @@ def build_trainer(
         callbacks: `transformers.TrainerCallback`s.
         engine: an engine at its initial weights, in place of the one that the config describes.
         rewards: in place of those that the config names.
+
+    Raises:
+        UserError: options, data or a model that cannot work.
+        EngineError: SGLang does not start or its servers do not answer.
     """
     warning = looks_like_wrong_rate(config)
     if warning is not None:
@@ -366,6 +375,13 @@ def replay(
         model_name_or_path: the base model, if it has moved since.
         step: how many steps to apply; if not given, as many as the run's final weights hold.
         trust_remote_code: run modelling code that comes with the model; what the journal says of it does not count.
+
+    Returns:
+        `output_dir`.
+
+    Raises:
+        UserError: `output_dir` exists, or the journal has fewer steps.
+        JournalError: the journal is damaged, or another model or other initial weights than the run's are there.
     """
     path = Path(run) / checkpoint.JOURNAL_NAME if Path(run).is_dir() else Path(run)
     contents = journal.read(path)
@@ -396,6 +412,13 @@ def summary(run: str | Path) -> dict[str, object]:
 
     Args:
         run: folder of a run, or its journal.
+
+    Returns:
+        What `mezo inspect --json` prints: losses in nats an example (of other objectives: what they minimise), tokens
+        as numbers, seconds.
+
+    Raises:
+        JournalError: the journal is missing or damaged.
     """
     path = Path(run) / checkpoint.JOURNAL_NAME if Path(run).is_dir() else Path(run)
     contents = journal.read(path)
@@ -449,6 +472,17 @@ def eval_model(config: MeZOConfig, adapter: str | Path | None = None, dataset: T
 
     What the config leaves open (task, template, label words, label column, length) is taken from the journal beside the
     adapter or the model, if there is one; what is open then, from the task.
+
+    Args:
+        config: model, rows, batch size and dtype.
+        adapter: folder of a PEFT adapter for the model.
+        dataset: rows in place of those that the config names.
+
+    Returns:
+        Mean loss in nats an example, accuracy, and F1 and exact match or reward where answers are generated.
+
+    Raises:
+        UserError: options, data or a model that cannot work.
     """
     journal_path = Path(adapter or config.model_name_or_path) / checkpoint.JOURNAL_NAME
     labels: Sequence[str] | None = None
@@ -531,6 +565,12 @@ def merge(adapter: str | Path, output_dir: str | Path, *, model_name_or_path: st
         adapter: folder of the adapter.
         output_dir: folder for the model; must not exist.
         model_name_or_path: the base model, if it has moved since.
+
+    Returns:
+        `output_dir`.
+
+    Raises:
+        UserError: `output_dir` exists, there is no adapter, or it is not LoRA.
     """
     if Path(output_dir).exists():
         raise UserError(f"output_dir {str(output_dir)!r} exists already")

@@ -28,7 +28,7 @@ class Entry:
     Args:
         method: its name in benchmarks/methods_settings.py.
         options: what it sets, as fields of `MeZOConfig`; estimator, optim, direction and epsilon are always there.
-        learning_rate: the smallest of those that were the best on the models measured.
+        learning_rate: the median of those that were the best on the tasks measured, the lower of two.
         trained_parameters: numbers of trained scalars, by model measured.
         rows: the runs that it was chosen from: file, commit, task, method, learning_rate, and what they came to. Empty
             where it was chosen by hand.

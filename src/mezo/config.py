@@ -35,7 +35,8 @@ def _refuses_auto(cls: type[_Config]) -> type[_Config]:
 @_refuses_auto
 @dataclass(frozen=True, kw_only=True)
 class MeZOConfig:
-    """Everything that decides a run. Defaults are the paper's RoBERTa setting (arXiv 2305.17333, appendix E.3).
+    """Everything that decides a run. Defaults are the paper's RoBERTa setting (arXiv 2305.17333, appendix E.3), but for
+    `max_steps`, a tenth of its 100,000.
 
     Args:
         model_name_or_path: Folder or Hub name of a decoder language model or an encoder.
@@ -102,9 +103,9 @@ class MeZOConfig:
             are computed once per row.
         num_virtual_tokens: Length of the prefix.
         method: mezo is what the options say, as published if they say nothing; auto sets estimator, optimizer,
-            directions, epsilon and learning rate as measurements chose them for all parameters or LoRA, wherever an
-            option is not named (see docs/methods.md). It is resolved by `from_dict`, `mezo_finetune` and the command
-            line, which know what is named.
+            directions, epsilon and learning rate as measurements chose them for all parameters, upper layers or LoRA,
+            wherever an option is not named (see docs/methods.md). It is resolved by `from_dict`, `mezo_finetune` and
+            the command line, which know what is named.
         output_dir: Folder of the run: journal, checkpoints, final weights, trainer_state.json.
         max_steps: Steps to train.
         per_device_train_batch_size: Examples in a forward pass.
@@ -148,8 +149,8 @@ class MeZOConfig:
         save_steps: Steps between two checkpoints.
         save_total_limit: Checkpoints to keep; the best one is always kept.
         load_best_model_at_end: Make the best checkpoint the final result.
-        metric_for_best_model: Evaluation metric that decides which checkpoint is the best: loss, accuracy, f1 or
-            exact_match.
+        metric_for_best_model: Evaluation metric that decides which checkpoint is the best: loss, accuracy, f1,
+            exact_match or reward. Checkpoints are evaluated where eval_steps is given.
         resume_from_checkpoint: Go on with the run in output_dir, if there is one, where its journal ends.
         push_to_hub: Upload the finished run to the Hub, with the account of `hf auth login` or HF_TOKEN.
         hub_model_id: Its repository; the name of output_dir if not given.

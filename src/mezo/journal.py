@@ -1,4 +1,4 @@
-"""The journal: everything that moved the weights, in order, in 64 bytes a step.
+"""The journal: everything that moved the weights, in order, in 64 bytes a direction.
 
 A file is a header and then records, nothing else; it is only ever appended to.
 

@@ -163,7 +163,13 @@ class MeZOTrainer:
     # --- the run ----------------------------------------------------------------------------------------------------
 
     def train(self) -> TrainResult:
-        """Trains from the start, or from where the journal ends with `resume_from_checkpoint`."""
+        """Trains from the start, or from where the journal ends with `resume_from_checkpoint`.
+
+        Raises:
+            UserError: `output_dir` holds a run already.
+            JournalError: its journal does not belong to this run, or is damaged.
+            NonFiniteLossError: the loss became NaN or infinite; the last good weights are in a checkpoint.
+        """
         self._journal = self._open_journal()
         try:
             if self._unfinished_step or self.state.global_step < self.config.max_steps:

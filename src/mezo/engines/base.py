@@ -50,17 +50,21 @@ class Engine(Protocol):
         ...
 
     def losses(self, examples: Sequence[Example], probes: Sequence[Probe], loss: Loss = example_losses) -> Tensor:
-        """Loss of each example under each probe: float32 [P, N] on the CPU."""
+        """Loss of each example under each probe: float32 [P, N] on the CPU, in nats with the default `loss`.
+
+        Raises:
+            EngineError: one example does not fit into memory, or servers do not answer.
+        """
         ...
 
     def score(self, examples: Sequence[Example]) -> TargetScores:
-        """Log-probabilities of all targets at the unperturbed weights, on the CPU."""
+        """Log-probabilities, in nats, of all targets at the unperturbed weights, on the CPU; in the examples' order."""
         ...
 
     def generate(
         self, prompts: Sequence[tuple[int, ...]], probes: Sequence[Probe], max_new_tokens: int, stop: str | None
     ) -> list[list[str]]:
-        """Greedy continuation of each prompt under each probe, up to `stop` or the end of the text."""
+        """Greedy continuation of each prompt under each probe, [P][N], up to `stop` or the end of the text."""
         ...
 
     def update(self, records: Sequence[Record]) -> None:

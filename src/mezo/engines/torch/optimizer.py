@@ -34,7 +34,10 @@ class Optimizer(Protocol):
 
 
 class Momentum:
-    """m ← β m + (1 − β) g; the step is m. The mean keeps plain SGD's learning rate. (LOZO-M, arXiv 2410.07698.)"""
+    """m ← β m + (1 − β) g; the step is m. The mean keeps plain SGD's learning rate.
+
+    As LOZO-M (arXiv 2410.07698), which projects m onto the next V, where here it starts anew with each window.
+    """
 
     def __init__(self, beta: float):
         self._beta = beta
@@ -66,7 +69,7 @@ class Adam:
 
 
 class Muon(Adam):
-    """Orthogonalised momentum for the r × r cores of a subspace, as ZO-Muon has it; Adam for vectors.
+    """Orthogonalised momentum for the r × r cores of a subspace, as ZO-Muon (arXiv 2602.17155); Adam for vectors.
 
     With M ← β M + (1 − β) G of a core, the step is √r · U Vᵀ of M = U Σ Vᵀ, about (Jordan et al., 2024): five
     Newton–Schulz steps X ← a X + (b A + c A²) X, A = X Xᵀ, from M over its Frobenius norm, which leave singular values
