@@ -74,7 +74,7 @@ def test_python_blocks_run(folder, monkeypatch):
                "num_steps": 1, "batch_size": 4, "disable_tqdm": True}  # fmt: skip
     mezo_finetune(base, SENTIMENT_ROWS[:8], output_dir="runs/qwen-sst2", **options)
     mezo_finetune(base, SENTIMENT_ROWS[:8], lora_rank=8, output_dir="runs/lora", **options)
-    names = {"base": base}
+    names: dict[str, object] = {}
     exec(loading, names)
     assert names["model"].active_adapters == ["default"]
 

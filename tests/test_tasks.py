@@ -172,6 +172,17 @@ def test_few_shot_is_per_label_and_by_seed():
         few_shot(rows, 30, "label", 13)
 
 
+@pytest.mark.parametrize("seed", [13, 21, 42, 87, 100])
+def test_512_shots_go_on_from_16(seed):
+    """The paper's larger sets: of the order by seed, each label's first 512, and as many others to evaluate on."""
+    rows = Dataset.from_list([{"text": str(i), "label": str(i % 2)} for i in range(3000)])
+    small, large = few_shot(rows, 16, "label", seed), few_shot(rows, 512, "label", seed)
+    for part in large:
+        assert sorted(part["label"]) == ["0"] * 512 + ["1"] * 512
+    assert set(small.train["text"]) < set(large.train["text"])
+    assert not set(large.train["text"]) & set(large.evaluation["text"])
+
+
 # Cases of the official script (rajpurkar/SQuAD-explorer, evaluate-v1.1): normalisation, articles, several answers.
 @pytest.mark.parametrize(
     ("prediction", "answers", "expected_f1", "expected_match"),
