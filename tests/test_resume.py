@@ -211,6 +211,14 @@ def test_resume_refuses_other_settings(model_folder, tmp_path, change, message):
         train(make_config(model, tmp_path / "run", "full", resume_from_checkpoint=True, **change))
 
 
+def test_more_steps_move_the_rates_of_a_schedule(model_folder, tmp_path, caplog):
+    options = {"max_steps": 2, "lr_scheduler_type": "linear"}
+    model = model_folder("bert")
+    train(make_config(model, tmp_path / "run", "full", **options))
+    train(make_config(model, tmp_path / "run", "full", **{**options, "max_steps": 3}, resume_from_checkpoint=True))
+    assert "learning rates are those of a run of 3 steps; it began as one of 2" in caplog.text
+
+
 @pytest.mark.parametrize("objective", ["loss", "accuracy", "f1", "reward"])
 def test_max_new_tokens_decides_losses_where_texts_are_generated(objective):
     header = dict.fromkeys(("rng", "model_digest", "initial_digest", "data_digest"), "")

@@ -368,6 +368,7 @@ class MeZOTrainer:
             if contents.dropped_bytes:
                 logger.warning("dropped a torn record of %d bytes at the end of the journal", contents.dropped_bytes)
             check_header(contents.header, self.header, self._journal_path)
+            self._check_schedule(contents.header)
             usable = {
                 s: p
                 for s, p in checkpoint.checkpoints(self.run).items()
@@ -382,6 +383,15 @@ class MeZOTrainer:
             raise
         logger.warning("resumed at step %d of %d", self.state.global_step, self.config.max_steps)
         return opened
+
+    def _check_schedule(self, recorded: journal.JsonObject) -> None:
+        """Warns where another number of steps moves the rates that a schedule has for those to come."""
+        before = recorded["config"]["max_steps"]  # type: ignore[index]
+        if self.config.lr_scheduler_type != "constant" and before != self.config.max_steps:
+            logger.warning(
+                "lr_scheduler_type %s: from here learning rates are those of a run of %d steps; it began as one of %d",
+                self.config.lr_scheduler_type, self.config.max_steps, before,
+            )  # fmt: skip
 
     def _load_newest(self, usable: dict[int, Path]) -> int:
         """Loads the newest checkpoint that is whole; returns its step, 0 if there is none."""

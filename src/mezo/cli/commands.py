@@ -102,6 +102,9 @@ def tune(config: MeZOConfig, options: TuneOptions, arguments: Sequence[str]) -> 
     if best.learning_rate in (rates[0], rates[-1]):
         which, further = ("highest", "higher") if best.learning_rate == rates[-1] else ("lowest", "lower")
         print(f"the best learning_rate is the {which} that was tried; {further} ones may be better")
+    if config.lr_scheduler_type != "constant":  # its rate has come down
+        print(f"best: {best.output_dir}")
+        return
     found = ["--learning_rate", repr(best.learning_rate), "--epsilon", repr(best.epsilon)]
     more = ["--max_steps", str(2 * best.steps), "--output_dir", best.output_dir, "--resume_from_checkpoint"]
     print(f"best: {best.output_dir}; twice as far with\n{shlex.join(['mezo', 'train', *arguments, *found, *more])}")
