@@ -506,7 +506,14 @@ def test_the_command_writes_table_and_page(monkeypatch, tmp_path, capsys):
     page, rows = tmp_path / "methods.md", tmp_path / "rows.csv"
     page.write_text("Before\n<!-- auto.yaml -->\nold\n<!-- end of auto.yaml -->\nafter\n")
     monkeypatch.setattr(methods_choice, "DOCS", page)
-    methods_schedule.append(rows, [*measured(DECODER, "mezo", [0.80]), *measured(DECODER, "lozo", [0.81], 400)])
+    for method, end, soon in (("mezo", 0.80, 2000), ("lozo", 0.81, 400)):
+        worse = [row for rate in rates(method) for row in measured(DECODER, method, [0.60], rate=rate)]
+        best = measured(DECODER, method, [end], soon)
+        taken = {(row["learning_rate"], row["phase"]) for row in best}
+        worse = [row for row in worse if (row["learning_rate"], row["phase"]) not in taken and row["phase"] == "train"]
+        methods_schedule.append(rows, [*best, *worse])
+    # Not all of its rates were tried.
+    methods_schedule.append(rows, measured(DECODER, "es, 8 queries", [0.99], 20))
     monkeypatch.setattr(sys, "argv", ["methods_choice.py", str(rows), "--write"])
     methods_choice.main()
     assert auto.entries()["full"].method == "lozo"

@@ -16,7 +16,7 @@ from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from mezo import checkpoint, journal
 from mezo.activation import activate, invocation_tokens
@@ -32,6 +32,7 @@ from mezo.engines.torch.layers import trainable_names
 from mezo.engines.torch.loading import (
     LoadedModel,
     is_encoder,
+    is_quantised,
     load_model,
     load_model_config,
     load_tokenizer,
@@ -167,6 +168,8 @@ def build_trainer(
     model_config = load_model_config(config)
     tokenizer = load_tokenizer(config)
     encoder_model = is_encoder(model_config)
+    if config.engine == "torch":
+        _check_quantised(config, model_config)
     task = load_task(config.task) if config.task is not None else None
     if task is not None:
         test_split = reports_on_test_split(config, train_dataset, eval_dataset)
@@ -278,6 +281,11 @@ def _check_metric(config: MeZOConfig, examples: Sequence[Example] | None) -> Non
         raise UserError(f"metric_for_best_model {metric} needs evaluation rows with answers to generate")
 
 
+def _check_quantised(config: MeZOConfig, model_config: PretrainedConfig) -> None:
+    if is_quantised(config, model_config) and not config.use_peft:
+        raise UserError("quantised weights cannot take small steps; use_peft trains an adapter on them")
+
+
 def _check_size(config: MeZOConfig, num_parameters: int) -> None:
     """Warns where method auto's learning rate was measured at other sizes."""
     warning = size_warning(config.to_dict(), num_parameters)
@@ -351,6 +359,7 @@ def trainable_engine(
 ) -> TorchEngine:
     """An engine that trains what the config says of a loaded base model."""
     base, fresh_modules, centred_module = loaded
+    _check_quantised(config, base.config)
     if not config.use_peft:
         names = None if config.trainable_layers is None else set(trainable_names(base, config.trainable_layers))
         for name, parameter in base.named_parameters():
@@ -388,6 +397,8 @@ def replay(
     if contents.dropped_bytes:
         logger.warning("left out a torn record of %d bytes at the end of the journal", contents.dropped_bytes)
     config = dataclasses.replace(journal_config(contents), engine="torch", trust_remote_code=trust_remote_code)
+    if config.peft_type == "lora":  # whose matrices do not depend on how the base was loaded
+        config = dataclasses.replace(config, load_in_4bit=False, load_in_8bit=False)
     if model_name_or_path is not None:
         config = dataclasses.replace(config, model_name_or_path=model_name_or_path)
     count = _final_step(path.parent, config, len(contents.steps)) if step is None else step
@@ -590,6 +601,8 @@ def merge(adapter: str | Path, output_dir: str | Path, *, model_name_or_path: st
         contents = journal.read(journal_path)
         labels = contents.header["labels"]  # type: ignore[assignment]
         config = dataclasses.replace(config, dtype=journal_config(contents).dtype)
+    if is_quantised(config, load_model_config(config)):
+        raise UserError(f"{base!r} is quantised: an adapter added to it would be rounded; serve it beside the model")
     merged = load_adapter(
         load_model(config, kinds[str(peft_config.task_type)], labels).model, adapter
     ).merge_and_unload()

@@ -42,6 +42,9 @@ class MeZOConfig:
         model_name_or_path: Folder or Hub name of a decoder language model or an encoder.
         model_revision: Branch, tag or commit on the Hub.
         dtype: Weights' type: auto, float32, bfloat16 or float16. auto is the checkpoint's on a GPU, float32 on a CPU.
+        load_in_4bit: Quantise linear layers of the base model to 4 bits (NF4, by bitsandbytes) as it is loaded; what is
+            trained then is an adapter.
+        load_in_8bit: The same to 8 bits (LLM.int8(), which rounds activations, too).
         attn_implementation: Attention of transformers: sdpa, eager, …; transformers' choice if not given.
         trust_remote_code: Run modelling code that comes with the model.
         engine: Engine that evaluates the model: torch or sglang.
@@ -163,6 +166,8 @@ class MeZOConfig:
     model_name_or_path: str
     model_revision: str = "main"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    load_in_4bit: bool = False
+    load_in_8bit: bool = False
     attn_implementation: str | None = None
     trust_remote_code: bool = False
     engine: Literal["torch", "sglang"] = "torch"
@@ -291,6 +296,12 @@ class MeZOConfig:
         yield (
             self.num_shots is not None and self.validation_size != 0,
             "num_shots draws rows to evaluate on by itself; leave out validation_size",
+        )
+        yield self.load_in_4bit and self.load_in_8bit, "load_in_4bit and load_in_8bit: name one of them"
+        yield (
+            (self.load_in_4bit or self.load_in_8bit) and self.engine == "sglang",
+            "load_in_4bit and load_in_8bit are for engine torch; SGLang quantises by sglang_engine_args: "
+            '{"quantization": "fp8"}, or takes a quantised checkpoint as it is',
         )
         yield self.lora_variant == "alora" and not lora, "lora_variant alora needs use_peft with peft_type lora"
         yield self.alora_invocation_tokens == [], "alora_invocation_tokens is empty"

@@ -20,8 +20,6 @@ ELSEWHERE = {
     "greater_is_better": "metric_for_best_model knows it",
     "hub_strategy": "push_to_hub uploads the finished run",
     "hub_token": _LOG_IN,
-    "load_in_4bit": "weights are not quantized; the smallest dtype is bfloat16",
-    "load_in_8bit": "weights are not quantized; the smallest dtype is bfloat16",
     "logging_strategy": "logging_steps says how often",
     "lora_dropout": "there is none: both signs of a probe have to see the same model",
     "lora_rank": "here it is use_peft with lora_r",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import logging
 import signal
 import sys
 import threading
@@ -46,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if name not in COMMANDS:
         nearest = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.0)[0]
         _fail(f"unknown command {name!r}; the nearest one is {nearest!r}", code=2)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it if it is there, and it talks
     try:
         with _terminable():
             COMMANDS[name][0](rest)

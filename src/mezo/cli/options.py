@@ -39,6 +39,8 @@ class EvalOptions:
         lm_eval_include_path: Folder with tasks of one's own for it.
         per_device_eval_batch_size: Examples in a forward pass.
         dtype: Weights' type.
+        load_in_4bit: Quantise the model's linear layers to 4 bits as it is loaded.
+        load_in_8bit: The same to 8 bits.
         use_cpu: Stay on the CPU even if there is a GPU.
         trust_remote_code: Run modelling code that comes with the model.
         json: Print one JSON object instead of a table.
@@ -66,6 +68,8 @@ class EvalOptions:
     lm_eval_include_path: str | None = None
     per_device_eval_batch_size: int = 64
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    load_in_4bit: bool = False
+    load_in_8bit: bool = False
     use_cpu: bool = False
     trust_remote_code: bool = False
     json: bool = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -115,6 +117,24 @@ class LoadedModel(NamedTuple):
     centred_module: str | None = None
 
 
+def is_quantised(config: MeZOConfig, model_config: PretrainedConfig) -> bool:
+    """Whether the base model's weights are quantised: by the config, or in the checkpoint."""
+    by_checkpoint = getattr(model_config, "quantization_config", None) is not None
+    return config.load_in_4bit or config.load_in_8bit or by_checkpoint
+
+
+def _quantisation(config: MeZOConfig, compute_dtype: torch.dtype) -> dict[str, object]:
+    """What `from_pretrained` is told of quantised weights, which lie on their device from the start."""
+    options: dict[str, object] = {"device_map": {"": device_for(config)}}
+    if not (config.load_in_4bit or config.load_in_8bit):
+        return options
+    name = "load_in_4bit" if config.load_in_4bit else "load_in_8bit"
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(f"{name} needs bitsandbytes: pip install 'mezo[quantised]'")
+    quantisation = BitsAndBytesConfig(**{name: True}, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute_dtype)
+    return {**options, "quantization_config": quantisation}
+
+
 def load_model(config: MeZOConfig, kind: str, labels: Sequence[str] = ()) -> LoadedModel:
     """The base model in eval mode on its device.
 
@@ -129,6 +149,10 @@ def load_model(config: MeZOConfig, kind: str, labels: Sequence[str] = ()) -> Loa
     weight_files(config.model_name_or_path, config.model_revision)  # refuses pickled ones
     options: dict[str, object] = {"dtype": _DTYPES.get(dtype, "auto"), "trust_remote_code": config.trust_remote_code}
     options["use_safetensors"] = True
+    model_config = load_model_config(config)
+    quantised = is_quantised(config, model_config)
+    if quantised:
+        options |= _quantisation(config, _DTYPES.get(dtype) or model_config.dtype or torch.bfloat16)
     if config.attn_implementation is not None:
         options["attn_implementation"] = config.attn_implementation
     if kind == "sequence_classification":
@@ -140,7 +164,7 @@ def load_model(config: MeZOConfig, kind: str, labels: Sequence[str] = ()) -> Loa
         model, info = _AUTO_CLASSES[kind].from_pretrained(
             config.model_name_or_path, revision=config.model_revision, output_loading_info=True, **options
         )
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError, ImportError) as error:
         raise UserError(f"model_name_or_path {config.model_name_or_path!r}: {_first_line(error)}") from None
     finally:
         transformers_logging.set_verbosity(verbosity)
@@ -150,9 +174,12 @@ def load_model(config: MeZOConfig, kind: str, labels: Sequence[str] = ()) -> Loa
             f"{config.model_name_or_path!r} holds no weights for {sorted(fresh)[0]} and {len(fresh) - 1} more: it "
             "has no language-model head. On an encoder, leave label_words out to train a classification head."
         )
+    if fresh and quantised:
+        raise UserError("a classification head is fresh and would be quantised; give template and label_words")
     _initialise(model, fresh, config.seed)
     fresh_modules = sorted({name.rpartition(".")[0] for name in fresh})
-    model = model.eval().requires_grad_(False).to(device)
+    model = model.eval().requires_grad_(False)
+    model = model if quantised else model.to(device)
     centred = _pooling_layer(model) if fresh and config.head_init == "centered" else None
     if centred is None:
         return LoadedModel(model, fresh_modules)
