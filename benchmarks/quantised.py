@@ -3,8 +3,8 @@
     python benchmarks/quantised.py --model FOLDER --train FILE --validation FILE --output FILE.csv
         [--weights float32 8 4] [--steps 100] [--seeds 0] [--rows 800]
 
-SST-2's rows on a decoder, `{text}` and `Sentiment:`, FZOO with 8 queries at the rate of `method: auto`, the base's other
-tensors and what is computed in float32. Validation rows are only reported. A step's time is the median of the steps.
+SST-2's rows on a decoder, `{text}` and `Sentiment:`, FZOO with 8 queries at the rate of `method: auto`; what is not
+quantised is in float32. Validation rows are only reported. A step's time is the median of the steps.
 """
 
 import argparse
