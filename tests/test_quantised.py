@@ -81,7 +81,7 @@ def test_a_run_its_evaluation_and_its_replay_without_the_package(config, tmp_pat
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *a: None if "bitsandbytes" in name else real(name, *a)
     )
-    with pytest.raises(UserError, match=rf"{bits} needs bitsandbytes: pip install 'mezo\[quantised\]'"):
+    with pytest.raises(UserError, match=rf"{bits} needs bitsandbytes: pip install 'mezo\[quantization\]'"):
         build_trainer(dataclasses.replace(config, output_dir=str(tmp_path / "other")), SENTIMENT_ROWS[:64])
     replay(run, tmp_path / "again")
     again = tmp_path / "again" / "adapter_model.safetensors"
@@ -117,7 +117,7 @@ def test_a_quantised_checkpoint(config, model_folder, tmp_path):
     [
         ({"use_peft": False}, "quantised weights cannot take small steps; use_peft"),
         ({"load_in_8bit": True}, "name one of them"),
-        ({"engine": "sglang"}, "SGLang quantises by sglang_engine_args"),
+        ({"engine": "sglang"}, "load_in_8bit are for engine torch"),
     ],
 )
 def test_what_quantised_weights_cannot_do(config, change, message):

@@ -300,8 +300,7 @@ class MeZOConfig:
         yield self.load_in_4bit and self.load_in_8bit, "load_in_4bit and load_in_8bit: name one of them"
         yield (
             (self.load_in_4bit or self.load_in_8bit) and self.engine == "sglang",
-            "load_in_4bit and load_in_8bit are for engine torch; SGLang quantises by sglang_engine_args: "
-            '{"quantization": "fp8"}, or takes a quantised checkpoint as it is',
+            "load_in_4bit and load_in_8bit are for engine torch; SGLang's own options go by sglang_engine_args",
         )
         yield self.lora_variant == "alora" and not lora, "lora_variant alora needs use_peft with peft_type lora"
         yield self.alora_invocation_tokens == [], "alora_invocation_tokens is empty"

@@ -130,7 +130,7 @@ def _quantisation(config: MeZOConfig, compute_dtype: torch.dtype) -> dict[str, o
         return options
     name = "load_in_4bit" if config.load_in_4bit else "load_in_8bit"
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError(f"{name} needs bitsandbytes: pip install 'mezo[quantised]'")
+        raise UserError(f"{name} needs bitsandbytes: pip install 'mezo[quantization]'")
     quantisation = BitsAndBytesConfig(**{name: True}, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute_dtype)
     return {**options, "quantization_config": quantisation}
 
