@@ -53,7 +53,10 @@ def run(weights: str, seed: int, options: argparse.Namespace, folder: str) -> li
     clock = Clock()
     trainer = build_trainer(config, callbacks=[clock])
     model = trainer.engine.model
-    size = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())) / 2**20
+    tensors = [*model.parameters(), *model.buffers()]
+    tensors += [p.quant_state.absmax for p in model.parameters() if hasattr(p, "quant_state")]
+    tensors += [p.SCB for p in model.parameters() if getattr(p, "SCB", None) is not None]
+    size = sum(t.numel() * t.element_size() for t in tensors) / 2**20
     trainer.train()
     milliseconds = 1e3 * statistics.median(clock.seconds)
     return [

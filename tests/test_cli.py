@@ -191,6 +191,9 @@ def test_eval_of_what_the_training_held_out(capsys, caplog, model_folder, tmp_pa
     everything = run_cli(capsys, "eval", *where)
     assert json.loads(everything.out)["num_examples"] == len(SENTIMENT_ROWS)
     assert f"{data} holds the rows that the run trained on; --validation_size 24 evaluates those" in everything.err
+    other = run_cli(capsys, "eval", *where, "--validation_size", 24, "--seed", 1)
+    assert "the run held out other rows: validation_size 24 of train by seed 42" in other.err
+    assert json.loads(other.out)["loss"] != found["loss"]
     shown = ("--validation_size", 24, "--num_demonstrations", 2)  # of the others
     assert json.loads(mezo(capsys, "eval", *where, *shown))["num_examples"] == 24
 

@@ -216,16 +216,26 @@ def test_more_steps_move_the_rates_of_a_schedule(model_folder, tmp_path, caplog)
     model = model_folder("bert")
     train(make_config(model, tmp_path / "run", "full", **options))
     train(make_config(model, tmp_path / "run", "full", **{**options, "max_steps": 3}, resume_from_checkpoint=True))
-    assert "learning rates are those of a run of 3 steps; it began as one of 2" in caplog.text
+    assert "learning rates are those of a run of 3 steps; it began as another" in caplog.text
 
 
 @pytest.mark.parametrize("objective", ["loss", "accuracy", "f1", "reward"])
 def test_max_new_tokens_decides_losses_where_texts_are_generated(objective):
     header = dict.fromkeys(("rng", "model_digest", "initial_digest", "data_digest"), "")
-    before, now = ({**header, "config": {"objective": objective, "max_new_tokens": n}} for n in (4, 8))
+    config = {**MeZOConfig(model_name_or_path="x").to_dict(), "objective": objective}
+    before, now = ({**header, "config": {**config, "max_new_tokens": n}} for n in (4, 8))
     refused = pytest.raises(JournalError, match="started with max_new_tokens 4, now it is 8")
     with refused if objective in ("f1", "reward") else nullcontext():
         check_header(before, now, Path("journal"))
+
+
+def test_options_younger_than_a_journal_were_at_their_defaults():
+    header = dict.fromkeys(("rng", "model_digest", "initial_digest", "data_digest"), "")
+    now = MeZOConfig(model_name_or_path="x", use_peft=True, load_in_4bit=True).to_dict()
+    old = {name: value for name, value in now.items() if name != "load_in_4bit"}
+    with pytest.raises(JournalError, match="started with load_in_4bit False, now it is True"):
+        check_header({**header, "config": old}, {**header, "config": now}, Path("journal"))
+    check_header({**header, "config": old}, {**header, "config": {**now, "load_in_4bit": False}}, Path("journal"))
 
 
 def test_resume_refuses_other_data_and_other_models(model_folder, tmp_path):

@@ -24,7 +24,15 @@ from mezo.adapter import add_adapter
 from mezo.auto import size_warning
 from mezo.blackbox import RewardFunction, Rewards, load_reward, make_rewards, reward_names
 from mezo.config import GENERATING, MeZOConfig, looks_like_wrong_rate
-from mezo.data import Row, TrainData, draw_demonstrations, load_demonstrations, load_splits, load_test_rows
+from mezo.data import (
+    Row,
+    TrainData,
+    data_seed,
+    draw_demonstrations,
+    load_demonstrations,
+    load_splits,
+    load_test_rows,
+)
 from mezo.encoding import make_encoder
 from mezo.engines.base import Engine
 from mezo.engines.torch.engine import TorchEngine, trained_parameters
@@ -497,11 +505,10 @@ def eval_model(config: MeZOConfig, adapter: str | Path | None = None, dataset: T
     """
     journal_path = Path(adapter or config.model_name_or_path) / checkpoint.JOURNAL_NAME
     labels: Sequence[str] | None = None
+    recorded: MeZOConfig | None = None
     if journal_path.exists():
         contents = journal.read(journal_path)
         recorded = journal_config(contents)
-        if dataset is None:
-            _warn_of_training_rows(config, recorded)
         config = _filled_in(config, recorded)
         labels = contents.header["labels"] or None  # type: ignore[assignment]
     config = with_safetensors(config)
@@ -514,6 +521,8 @@ def eval_model(config: MeZOConfig, adapter: str | Path | None = None, dataset: T
     if task is not None:
         own_rows = dataset is not None or config.eval_dataset_name is not None or config.validation_size > 0
         config = task.fill_in(config, encoder_model=encoder_model, test_split=not own_rows)
+    if recorded is not None:
+        _warn_of_differences(config, recorded, own_rows=dataset is not None)
     rows: list[Row] = list(load_test_rows(config, dataset, task))
     encoder = make_encoder(
         rows,
@@ -534,14 +543,27 @@ def eval_model(config: MeZOConfig, adapter: str | Path | None = None, dataset: T
     return evaluate(make_engine(config, model, tokenizer), examples, config.max_new_tokens, make_rewards(config))
 
 
-def _warn_of_training_rows(config: MeZOConfig, recorded: MeZOConfig) -> None:
-    """A single file has no split but the one that was trained on."""
-    evaluated = config.eval_dataset_name or (None if config.validation_size else config.dataset_name)
-    if evaluated is None or evaluated != recorded.dataset_name or not Path(evaluated).is_file():
+def _warn_of_differences(config: MeZOConfig, recorded: MeZOConfig, *, own_rows: bool) -> None:
+    """Between what is evaluated and the run it came of: rows that it trained on, weights that were not as quantised."""
+    for bits in ("load_in_4bit", "load_in_8bit"):
+        if getattr(recorded, bits) and not (config.load_in_4bit or config.load_in_8bit):
+            logger.warning("the run trained on quantised weights; --%s evaluates on them", bits)
+    evaluated = config.eval_dataset_name or config.dataset_name
+    if own_rows or evaluated != recorded.dataset_name:
         return
-    held_out = recorded.validation_size
-    advice = f"; --validation_size {held_out:g} evaluates those that it held out" if held_out else ""
-    logger.warning("%s holds the rows that the run trained on%s", evaluated, advice)
+    held_out = ("dataset_config", "dataset_train_split", "validation_size")
+    if config.validation_size and config.eval_dataset_name is None and config.dataset_test_split is None:
+        if data_seed(config) != data_seed(recorded) or any(
+            getattr(config, n) != getattr(recorded, n) for n in held_out
+        ):
+            logger.warning(
+                "the run held out other rows: validation_size %g of %s by seed %d",
+                recorded.validation_size, recorded.dataset_train_split, data_seed(recorded),
+            )  # fmt: skip
+    elif Path(str(evaluated)).is_file():  # which has no split but the one that was trained on
+        size = recorded.validation_size
+        advice = f"; --validation_size {size:g} evaluates those that it held out" if size else ""
+        logger.warning("%s holds the rows that the run trained on%s", evaluated, advice)
 
 
 def _filled_in(config: MeZOConfig, recorded: MeZOConfig) -> MeZOConfig:

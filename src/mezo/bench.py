@@ -192,6 +192,7 @@ def make_bench_engine(options: BenchOptions) -> TorchEngine:
     auto = AutoModelForMaskedLM if encoder else AutoModelForCausalLM
     more = {} if options.attn_implementation is None else {"attn_implementation": options.attn_implementation}
     with device_for(config):
+        model_config.quantization_config = None
         model = auto.from_config(model_config, dtype=dtype, **more).eval().requires_grad_(False)
     return trainable_engine(config, kind, LoadedModel(model, []), load_tokenizer(config))
 

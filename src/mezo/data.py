@@ -111,7 +111,7 @@ def load_demonstrations(config: MeZOConfig, dataset: TrainData | None, task: Tas
     if source is None:
         raise UserError("num_demonstrations needs training rows: dataset_name is missing")
     evaluated_elsewhere = dataset is not None or config.eval_dataset_name not in (None, source)
-    if config.validation_size and not evaluated_elsewhere:
+    if config.validation_size and dataset is None and config.eval_dataset_name is None:
         return draw_demonstrations(config, load_splits(config, task=task).train)
     if Path(source).is_file() and not evaluated_elsewhere:
         raise UserError(

@@ -40,7 +40,8 @@ def make_header(
         initial_digest: hash of the trained parameters before training.
         train_examples: encoded training rows.
     """
-    packages = ("mezo", "torch", "transformers", "peft", "datasets")
+    packages = ["mezo", "torch", "transformers", "peft", "datasets"]
+    packages += ["bitsandbytes"] if config.load_in_4bit or config.load_in_8bit else []
     return {
         "format": FORMAT_VERSION,
         "rng": RNG_VERSION,
@@ -87,7 +88,8 @@ def check_header(recorded: JsonObject, present: JsonObject, path: Path) -> None:
     before, now = recorded["config"], present["config"]
     assert isinstance(before, dict) and isinstance(now, dict)
     chosen = OPTIONS if before.get("method") == now.get("method") == "auto" else ()  # maybe by another version's table
-    for key, value in before.items():
+    defaults = {f.name: f.default for f in dataclasses.fields(MeZOConfig) if f.default is not dataclasses.MISSING}
+    for key, value in {**defaults, **before}.items():  # options that are younger than the journal
         may_change = key in _MAY_CHANGE or (key == "max_new_tokens" and now["objective"] in ("loss", "accuracy"))
         if not may_change and now.get(key) != value:
             mend = f"; name {key} to go on" if key in chosen else ""

@@ -156,9 +156,10 @@ class MeZOTrainer:
             for query, outcome in enumerate(outcomes)
         ]
 
-    def _learning_rate(self) -> float:
-        c = self.config
-        return scheduled_rate(c.learning_rate, self.state.global_step, c.max_steps, c.lr_scheduler_type, c.warmup_steps)
+    def _learning_rate(self, step: int | None = None) -> float:
+        """Of the present step, or of another."""
+        c, step = self.config, self.state.global_step if step is None else step
+        return scheduled_rate(c.learning_rate, step, c.max_steps, c.lr_scheduler_type, c.warmup_steps)
 
     # --- the run ----------------------------------------------------------------------------------------------------
 
@@ -368,7 +369,7 @@ class MeZOTrainer:
             if contents.dropped_bytes:
                 logger.warning("dropped a torn record of %d bytes at the end of the journal", contents.dropped_bytes)
             check_header(contents.header, self.header, self._journal_path)
-            self._check_schedule(contents.header)
+            self._check_schedule(contents.steps)
             usable = {
                 s: p
                 for s, p in checkpoint.checkpoints(self.run).items()
@@ -384,13 +385,12 @@ class MeZOTrainer:
         logger.warning("resumed at step %d of %d", self.state.global_step, self.config.max_steps)
         return opened
 
-    def _check_schedule(self, recorded: journal.JsonObject) -> None:
+    def _check_schedule(self, steps: Sequence[Sequence[Record]]) -> None:
         """Warns where another number of steps moves the rates that a schedule has for those to come."""
-        before = recorded["config"]["max_steps"]  # type: ignore[index]
-        if self.config.lr_scheduler_type != "constant" and before != self.config.max_steps:
+        if steps and steps[-1][0].learning_rate != self._learning_rate(len(steps) - 1):
             logger.warning(
-                "lr_scheduler_type %s: from here learning rates are those of a run of %d steps; it began as one of %d",
-                self.config.lr_scheduler_type, self.config.max_steps, before,
+                "lr_scheduler_type %s: from here learning rates are those of a run of %d steps; it began as another",
+                self.config.lr_scheduler_type, self.config.max_steps,
             )  # fmt: skip
 
     def _load_newest(self, usable: dict[int, Path]) -> int:

@@ -35,6 +35,7 @@ from mezo.engines.torch.dense import Copies, Dense, DenseOnGPU, ProbeKeys, is_pa
 from mezo.engines.torch.generation import generate
 from mezo.engines.torch.graphs import Graphs, Shape, StaticInputs, unmasked_attention
 from mezo.engines.torch.layers import POSITIONS_FIRST, FrozenLayers, first_trained_layer
+from mezo.engines.torch.loading import num_weights
 from mezo.engines.torch.lora import BatchedLoRA
 from mezo.engines.torch.low_rank import LowRank
 from mezo.engines.torch.optimizer import Optimizer, load_state, save_state
@@ -202,8 +203,9 @@ class TorchEngine:
         keeps_keys = on_gpu and self._forms_weights and gpu_kernels.enabled()
         self._keys = ProbeKeys(self.space, model.device) if keeps_keys else None
         # Where launching kernels costs more than running them.
-        self._graphs = Graphs(model.device) if on_gpu else None
-        self._pass_flops = 2 * sum(p.numel() for p in model.parameters())  # of a token
+        by_outliers = getattr(self._transformer, "is_loaded_in_8bit", False)  # which every pass looks for
+        self._graphs = Graphs(model.device, captures=not by_outliers) if on_gpu else None
+        self._pass_flops = 2 * num_weights(model)  # of a token
 
     @property
     def model(self) -> PreTrainedModel | PeftModel:

@@ -233,11 +233,12 @@ class Graphs:
 
     Args:
         device: where the model is; only on a GPU, with PyTorch's own allocator, passes are captured.
+        captures: if not, none are: the model waits for the GPU in each pass.
     """
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, *, captures: bool = True):
         self._device = device
-        self._captures = device.type == "cuda" and torch.cuda.get_allocator_backend() == "native"
+        self._captures = captures and device.type == "cuda" and torch.cuda.get_allocator_backend() == "native"
         # Of captures, and of what shares their memory.
         self._stream = torch.cuda.Stream(device) if self._captures else None
         self.clear()

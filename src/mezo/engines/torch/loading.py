@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -30,7 +31,7 @@ from transformers.utils import logging as transformers_logging
 
 from mezo import philox
 from mezo.config import MeZOConfig
-from mezo.errors import UserError
+from mezo.errors import UserError, is_out_of_memory
 from mezo.fingerprint import is_hub_name, weight_files
 from mezo.hub import converted_revision
 
@@ -119,16 +120,23 @@ class LoadedModel(NamedTuple):
 
 def is_quantised(config: MeZOConfig, model_config: PretrainedConfig) -> bool:
     """Whether the base model's weights are quantised: by the config, or in the checkpoint."""
-    by_checkpoint = getattr(model_config, "quantization_config", None) is not None
-    return config.load_in_4bit or config.load_in_8bit or by_checkpoint
+    return config.load_in_4bit or config.load_in_8bit or _by_checkpoint(model_config)
 
 
-def _quantisation(config: MeZOConfig, compute_dtype: torch.dtype) -> dict[str, object]:
+def _by_checkpoint(model_config: PretrainedConfig) -> bool:
+    configs = (model_config, model_config.get_text_config())
+    return any(getattr(c, "quantization_config", None) is not None for c in configs)
+
+
+def _quantisation(config: MeZOConfig, model_config: PretrainedConfig, compute_dtype: torch.dtype) -> dict[str, object]:
     """What `from_pretrained` is told of quantised weights, which lie on their device from the start."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a line for each layer of each pass
     options: dict[str, object] = {"device_map": {"": device_for(config)}}
     if not (config.load_in_4bit or config.load_in_8bit):
         return options
     name = "load_in_4bit" if config.load_in_4bit else "load_in_8bit"
+    if _by_checkpoint(model_config):
+        raise UserError(f"{name}: {config.model_name_or_path!r} is quantised already; leave it out")
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UserError(f"{name} needs bitsandbytes: pip install 'mezo[quantization]'")
     quantisation = BitsAndBytesConfig(**{name: True}, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute_dtype)
@@ -152,7 +160,9 @@ def load_model(config: MeZOConfig, kind: str, labels: Sequence[str] = ()) -> Loa
     model_config = load_model_config(config)
     quantised = is_quantised(config, model_config)
     if quantised:
-        options |= _quantisation(config, _DTYPES.get(dtype) or model_config.dtype or torch.bfloat16)
+        if kind == "sequence_classification":
+            raise UserError("a classification head cannot be quantised; give template and label_words in its place")
+        options |= _quantisation(config, model_config, _DTYPES.get(dtype) or model_config.dtype or torch.bfloat16)
     if config.attn_implementation is not None:
         options["attn_implementation"] = config.attn_implementation
     if kind == "sequence_classification":
@@ -164,7 +174,9 @@ def load_model(config: MeZOConfig, kind: str, labels: Sequence[str] = ()) -> Loa
         model, info = _AUTO_CLASSES[kind].from_pretrained(
             config.model_name_or_path, revision=config.model_revision, output_loading_info=True, **options
         )
-    except (OSError, ValueError, KeyError, SafetensorError, ImportError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError, ImportError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and (is_out_of_memory(error) or not quantised):
+            raise
         raise UserError(f"model_name_or_path {config.model_name_or_path!r}: {_first_line(error)}") from None
     finally:
         transformers_logging.set_verbosity(verbosity)
@@ -174,12 +186,10 @@ def load_model(config: MeZOConfig, kind: str, labels: Sequence[str] = ()) -> Loa
             f"{config.model_name_or_path!r} holds no weights for {sorted(fresh)[0]} and {len(fresh) - 1} more: it "
             "has no language-model head. On an encoder, leave label_words out to train a classification head."
         )
-    if fresh and quantised:
-        raise UserError("a classification head is fresh and would be quantised; give template and label_words")
     _initialise(model, fresh, config.seed)
     fresh_modules = sorted({name.rpartition(".")[0] for name in fresh})
     model = model.eval().requires_grad_(False)
-    model = model if quantised else model.to(device)
+    model = _exact(model) if quantised else model.to(device)
     centred = _pooling_layer(model) if fresh and config.head_init == "centered" else None
     if centred is None:
         return LoadedModel(model, fresh_modules)
@@ -187,6 +197,24 @@ def load_model(config: MeZOConfig, kind: str, labels: Sequence[str] = ()) -> Loa
     if centred.startswith("classifier."):
         return LoadedModel(model, fresh_modules)
     return LoadedModel(model, [name for name in fresh_modules if name != centred], centred)
+
+
+def _exact(model: PreTrainedModel) -> PreTrainedModel:
+    """Without the kernel of bitsandbytes for CPUs with AVX512-BF16.
+
+    It rounds weights, activations and outputs to bfloat16, in which both signs of a probe look alike, and does not find
+    its scales again once a state dict was asked for.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
+def num_weights(model: torch.nn.Module) -> int:
+    """Of all parameters; of quantised ones those that they stand for."""
+    states = [(p, getattr(p, "quant_state", None)) for p in model.parameters()]
+    return sum(p.numel() if state is None else math.prod(state.shape) for p, state in states)
 
 
 def _pooling_layer(model: PreTrainedModel) -> str | None:
