@@ -226,7 +226,7 @@ def bench(options: BenchOptions) -> None:
 
 def env() -> None:
     """`mezo env`."""
-    packages = ["mezo", "torch", "transformers", "peft", "datasets", "safetensors", "numba", "numpy"]
+    packages = ["mezo", "torch", "transformers", "peft", "datasets", "safetensors", "numba", "numpy", "bitsandbytes"]
     facts = {name: _version(name) for name in packages}
     facts["python"] = platform.python_version()
     facts["platform"] = platform.platform()
