@@ -56,8 +56,8 @@ class Judged(NamedTuple):
 
     @property
     def slowness(self) -> float:
-        of_task = zip((of.curves[0][0]["task"] for of in self.finals), self.ratios, strict=True)
-        timed = [seconds for task, seconds in of_task if task in TIMED and not math.isnan(seconds)]
+        pairs = zip(self.finals, self.ratios, strict=True)
+        timed = [seconds for of, seconds in pairs if of.task in TIMED and not math.isnan(seconds)]
         return math.prod(timed) ** (1 / len(timed)) if timed else math.inf
 
 
@@ -137,7 +137,7 @@ def entry(kind: str, chosen: Judged) -> dict[str, Any]:
         {
             "file": "benchmarks/results/methods.csv",
             "commit": ", ".join(sorted({row["commit"] for curve in of.curves for row in curve})),
-            "task": of.curves[0][0]["task"],
+            "task": of.task,
             "method": chosen.method,
             "learning_rate": float(of.curves[0][0]["learning_rate"]),
             "seeds": len(of.curves),

@@ -43,6 +43,11 @@ class Finals(NamedTuple):
     curves: list[list[Row]]  # one a seed
     step_seconds: float  # with nothing beside it; nan where this was not measured beside plain MeZO
 
+    @property
+    def task(self) -> str:
+        """Its name."""
+        return self.curves[0][0]["task"]
+
     def ends(self) -> list[float]:
         """Last accuracies in percent, ascending."""
         return sorted(100 * float(curve[-1]["accuracy"]) for curve in self.curves)

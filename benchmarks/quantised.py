@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from methods_settings import TASKS
 from provenance import provenance, write
 from transformers import TrainerCallback
 
 from mezo.api import build_trainer
 from mezo.config import MeZOConfig
 
+TASK = TASKS["reviews-llama/sst2"]
 EVALUATIONS = 5
 BITS: dict[str, dict[str, Any]] = {"float32": {}, "8": {"load_in_8bit": True}, "4": {"load_in_4bit": True}}
 
@@ -44,8 +46,8 @@ def run(weights: str, seed: int, options: argparse.Namespace, folder: str) -> li
         {
             "model_name_or_path": options.model, "dtype": "float32", "use_peft": True, "method": "auto", "seed": seed,
             "dataset_name": options.train, "eval_dataset_name": options.validation, "max_train_samples": options.rows,
-            "template": "{text}\nSentiment:", "label_words": {"0": "negative", "1": "positive"}, "max_length": 256,
-            "per_device_train_batch_size": 16, "per_device_eval_batch_size": 64, "max_steps": options.steps,
+            **{name: TASK[name] for name in ("template", "label_words", "max_length")}, "max_steps": options.steps,
+            "per_device_train_batch_size": TASK["batch"], "per_device_eval_batch_size": 64,
             "eval_steps": max(1, options.steps // EVALUATIONS), "eval_on_start": True, "save_steps": 10**6,
             "disable_tqdm": True, "output_dir": folder, **BITS[weights],
         }

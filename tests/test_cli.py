@@ -196,6 +196,8 @@ def test_eval_of_what_the_training_held_out(capsys, caplog, model_folder, tmp_pa
     assert json.loads(other.out)["loss"] != found["loss"]
     shown = ("--validation_size", 24, "--num_demonstrations", 2)  # of the others
     assert json.loads(mezo(capsys, "eval", *where, *shown))["num_examples"] == 24
+    refused = run_cli(capsys, "eval", *where, *shown, "--dataset_test_split", "train")  # the whole file
+    assert "is evaluated as well" in error_line(refused)
 
 
 def mean_of_losses(run):

@@ -29,6 +29,7 @@ from mezo.data import (
     TrainData,
     data_seed,
     draw_demonstrations,
+    evaluates_held_out,
     load_demonstrations,
     load_splits,
     load_test_rows,
@@ -177,7 +178,7 @@ def build_trainer(
     tokenizer = load_tokenizer(config)
     encoder_model = is_encoder(model_config)
     if config.engine == "torch":
-        _check_quantised(config, model_config)
+        check_movable(config, model_config)
     task = load_task(config.task) if config.task is not None else None
     if task is not None:
         test_split = reports_on_test_split(config, train_dataset, eval_dataset)
@@ -289,7 +290,8 @@ def _check_metric(config: MeZOConfig, examples: Sequence[Example] | None) -> Non
         raise UserError(f"metric_for_best_model {metric} needs evaluation rows with answers to generate")
 
 
-def _check_quantised(config: MeZOConfig, model_config: PretrainedConfig) -> None:
+def check_movable(config: MeZOConfig, model_config: PretrainedConfig) -> None:
+    """Fails, before weights are loaded, where quantised ones would be trained."""
     if is_quantised(config, model_config) and not config.use_peft:
         raise UserError("quantised weights cannot take small steps; use_peft trains an adapter on them")
 
@@ -367,7 +369,6 @@ def trainable_engine(
 ) -> TorchEngine:
     """An engine that trains what the config says of a loaded base model."""
     base, fresh_modules, centred_module = loaded
-    _check_quantised(config, base.config)
     if not config.use_peft:
         names = None if config.trainable_layers is None else set(trainable_names(base, config.trainable_layers))
         for name, parameter in base.named_parameters():
@@ -521,8 +522,10 @@ def eval_model(config: MeZOConfig, adapter: str | Path | None = None, dataset: T
     if task is not None:
         own_rows = dataset is not None or config.eval_dataset_name is not None or config.validation_size > 0
         config = task.fill_in(config, encoder_model=encoder_model, test_split=not own_rows)
-    if recorded is not None:
-        _warn_of_differences(config, recorded, own_rows=dataset is not None)
+    if recorded is not None and recorded.bits is not None and config.bits is None:
+        logger.warning("the run trained on quantised weights; --load_in_%dbit evaluates on them", recorded.bits)
+    if recorded is not None and dataset is None:
+        _warn_of_rows(config, recorded)
     rows: list[Row] = list(load_test_rows(config, dataset, task))
     encoder = make_encoder(
         rows,
@@ -543,25 +546,20 @@ def eval_model(config: MeZOConfig, adapter: str | Path | None = None, dataset: T
     return evaluate(make_engine(config, model, tokenizer), examples, config.max_new_tokens, make_rewards(config))
 
 
-def _warn_of_differences(config: MeZOConfig, recorded: MeZOConfig, *, own_rows: bool) -> None:
-    """Between what is evaluated and the run it came of: rows that it trained on, weights that were not as quantised."""
-    for bits in ("load_in_4bit", "load_in_8bit"):
-        if getattr(recorded, bits) and not (config.load_in_4bit or config.load_in_8bit):
-            logger.warning("the run trained on quantised weights; --%s evaluates on them", bits)
+def _warn_of_rows(config: MeZOConfig, recorded: MeZOConfig) -> None:
+    """Where those to evaluate are of the data that the run trained on, and may be the same."""
     evaluated = config.eval_dataset_name or config.dataset_name
-    if own_rows or evaluated != recorded.dataset_name:
+    if evaluated != recorded.dataset_name:
         return
-    held_out = ("dataset_config", "dataset_train_split", "validation_size")
-    if config.validation_size and config.eval_dataset_name is None and config.dataset_test_split is None:
-        if data_seed(config) != data_seed(recorded) or any(
-            getattr(config, n) != getattr(recorded, n) for n in held_out
-        ):
+    size = recorded.validation_size
+    if evaluates_held_out(config, None):
+        same = ("dataset_config", "dataset_train_split", "validation_size")
+        if data_seed(config) != data_seed(recorded) or any(getattr(config, n) != getattr(recorded, n) for n in same):
             logger.warning(
                 "the run held out other rows: validation_size %g of %s by seed %d",
-                recorded.validation_size, recorded.dataset_train_split, data_seed(recorded),
+                size, recorded.dataset_train_split, data_seed(recorded),
             )  # fmt: skip
     elif Path(str(evaluated)).is_file():  # which has no split but the one that was trained on
-        size = recorded.validation_size
         advice = f"; --validation_size {size:g} evaluates those that it held out" if size else ""
         logger.warning("%s holds the rows that the run trained on%s", evaluated, advice)
 
@@ -623,11 +621,10 @@ def merge(adapter: str | Path, output_dir: str | Path, *, model_name_or_path: st
         contents = journal.read(journal_path)
         labels = contents.header["labels"]  # type: ignore[assignment]
         config = dataclasses.replace(config, dtype=journal_config(contents).dtype)
-    if is_quantised(config, load_model_config(config)):
+    model = load_model(config, kinds[str(peft_config.task_type)], labels).model
+    if is_quantised(config, model.config):
         raise UserError(f"{base!r} is quantised: an adapter added to it would be rounded; serve it beside the model")
-    merged = load_adapter(
-        load_model(config, kinds[str(peft_config.task_type)], labels).model, adapter
-    ).merge_and_unload()
+    merged = load_adapter(model, adapter).merge_and_unload()
     tokenizer = load_tokenizer(config)
 
     def write(folder: Path) -> None:

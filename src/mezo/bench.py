@@ -24,7 +24,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
-from mezo.api import trainable_engine
+from mezo.api import check_movable, trainable_engine
 from mezo.config import MeZOConfig
 from mezo.engines.torch.engine import TorchEngine
 from mezo.engines.torch.loading import (
@@ -187,12 +187,12 @@ def make_bench_engine(options: BenchOptions) -> TorchEngine:
     encoder = is_encoder(model_config)
     kind = "masked_lm" if encoder else "causal_lm"
     if not options.random_weights:
+        check_movable(config, model_config)
         return trainable_engine(config, kind, load_model(config, kind), load_tokenizer(config))
     dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(options.dtype, torch.float32)
     auto = AutoModelForMaskedLM if encoder else AutoModelForCausalLM
     more = {} if options.attn_implementation is None else {"attn_implementation": options.attn_implementation}
     with device_for(config):
-        model_config.quantization_config = None
         model = auto.from_config(model_config, dtype=dtype, **more).eval().requires_grad_(False)
     return trainable_engine(config, kind, LoadedModel(model, []), load_tokenizer(config))
 

@@ -299,7 +299,7 @@ class MeZOConfig:
         )
         yield self.load_in_4bit and self.load_in_8bit, "load_in_4bit and load_in_8bit: name one of them"
         yield (
-            (self.load_in_4bit or self.load_in_8bit) and self.engine == "sglang",
+            self.bits is not None and self.engine == "sglang",
             "load_in_4bit and load_in_8bit are for engine torch; SGLang's own options go by sglang_engine_args",
         )
         yield self.lora_variant == "alora" and not lora, "lora_variant alora needs use_peft with peft_type lora"
@@ -334,6 +334,11 @@ class MeZOConfig:
             f"direction {self.direction} is for all parameters; an adapter is of low rank already",
         )
         yield low_rank and self.normalize_perturbations, "normalize_perturbations needs direction dense"
+
+    @property
+    def bits(self) -> int | None:
+        """To how many the base model's linear layers are quantised as it is loaded, if they are."""
+        return 4 if self.load_in_4bit else 8 if self.load_in_8bit else None
 
     @property
     def batch_size(self) -> int:

@@ -86,6 +86,12 @@ def load_eval_rows(
     return None
 
 
+def evaluates_held_out(config: MeZOConfig, dataset: TrainData | None) -> bool:
+    """Whether `mezo eval` evaluates what a training with this `validation_size` holds out: no other rows are named."""
+    named = dataset is not None or config.eval_dataset_name is not None or config.dataset_test_split is not None
+    return config.validation_size > 0 and not named
+
+
 def load_test_rows(config: MeZOConfig, dataset: TrainData | None, task: Task | None) -> Dataset:
     """The rows that `mezo eval` evaluates: those that the config names, at most `max_eval_samples` drawn by seed.
 
@@ -95,7 +101,7 @@ def load_test_rows(config: MeZOConfig, dataset: TrainData | None, task: Task | N
     if rows is None:
         if config.dataset_name is None:
             raise UserError("dataset_name is missing: a file, a folder or a Hub name; or a task")
-        if config.validation_size:
+        if evaluates_held_out(config, dataset):
             held_out = load_splits(config, task=task).evaluation
             assert held_out is not None
             return held_out
@@ -111,7 +117,7 @@ def load_demonstrations(config: MeZOConfig, dataset: TrainData | None, task: Tas
     if source is None:
         raise UserError("num_demonstrations needs training rows: dataset_name is missing")
     evaluated_elsewhere = dataset is not None or config.eval_dataset_name not in (None, source)
-    if config.validation_size and dataset is None and config.eval_dataset_name is None:
+    if evaluates_held_out(config, dataset):
         return draw_demonstrations(config, load_splits(config, task=task).train)
     if Path(source).is_file() and not evaluated_elsewhere:
         raise UserError(

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit, urlunsplit
 import xxhash
 
 from mezo.auto import OPTIONS
-from mezo.config import MeZOConfig
+from mezo.config import GENERATING, MeZOConfig
 from mezo.errors import JournalError
 from mezo.journal import FORMAT_VERSION, JsonObject
 from mezo.objective import Example
@@ -41,7 +41,7 @@ def make_header(
         train_examples: encoded training rows.
     """
     packages = ["mezo", "torch", "transformers", "peft", "datasets"]
-    packages += ["bitsandbytes"] if config.load_in_4bit or config.load_in_8bit else []
+    packages += ["bitsandbytes"] if config.bits is not None else []
     return {
         "format": FORMAT_VERSION,
         "rng": RNG_VERSION,
@@ -90,7 +90,7 @@ def check_header(recorded: JsonObject, present: JsonObject, path: Path) -> None:
     chosen = OPTIONS if before.get("method") == now.get("method") == "auto" else ()  # maybe by another version's table
     defaults = {f.name: f.default for f in dataclasses.fields(MeZOConfig) if f.default is not dataclasses.MISSING}
     for key, value in {**defaults, **before}.items():  # options that are younger than the journal
-        may_change = key in _MAY_CHANGE or (key == "max_new_tokens" and now["objective"] in ("loss", "accuracy"))
+        may_change = key in _MAY_CHANGE or (key == "max_new_tokens" and now["objective"] not in GENERATING)
         if not may_change and now.get(key) != value:
             mend = f"; name {key} to go on" if key in chosen else ""
             raise JournalError(f"{path}: the run was started with {key} {value!r}, now it is {now.get(key)!r}{mend}")

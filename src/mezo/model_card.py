@@ -64,15 +64,11 @@ def _facts(config: MeZOConfig, header: JsonObject, state: TrainerState) -> dict[
         "update": config.optim + (f", clipped at quantile {config.clip_quantile}" if config.clip_quantile else ""),
         "weight decay": f"{config.weight_decay:g}",
         "normalize_perturbations": config.normalize_perturbations,
-        "engine": f"{config.engine}, dtype {config.dtype}{_bits(config)}",
+        "engine": f"{config.engine}, dtype {config.dtype}" + (f", base in {config.bits} bits" if config.bits else ""),
         "seed": config.seed,
         "random numbers": header["rng"],
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
     }
-
-
-def _bits(config: MeZOConfig) -> str:
-    return ", base in 4 bits" * config.load_in_4bit + ", base in 8 bits" * config.load_in_8bit
 
 
 def _trained(config: MeZOConfig) -> str:

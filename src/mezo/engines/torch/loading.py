@@ -120,7 +120,7 @@ class LoadedModel(NamedTuple):
 
 def is_quantised(config: MeZOConfig, model_config: PretrainedConfig) -> bool:
     """Whether the base model's weights are quantised: by the config, or in the checkpoint."""
-    return config.load_in_4bit or config.load_in_8bit or _by_checkpoint(model_config)
+    return config.bits is not None or _by_checkpoint(model_config)
 
 
 def _by_checkpoint(model_config: PretrainedConfig) -> bool:
@@ -132,9 +132,9 @@ def _quantisation(config: MeZOConfig, model_config: PretrainedConfig, compute_dt
     """What `from_pretrained` is told of quantised weights, which lie on their device from the start."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a line for each layer of each pass
     options: dict[str, object] = {"device_map": {"": device_for(config)}}
-    if not (config.load_in_4bit or config.load_in_8bit):
+    if config.bits is None:
         return options
-    name = "load_in_4bit" if config.load_in_4bit else "load_in_8bit"
+    name = f"load_in_{config.bits}bit"
     if _by_checkpoint(model_config):
         raise UserError(f"{name}: {config.model_name_or_path!r} is quantised already; leave it out")
     if importlib.util.find_spec("bitsandbytes") is None:
