@@ -1,6 +1,6 @@
 """Is the torch engine on a GPU the one on the CPU? Checks and prints PASS or FAIL; no model hub, no files.
 
-    python benchmarks/gpu_check.py [--output FILE.csv]
+    python benchmarks/gpu_check.py [--output FILE.csv] [--only "part of a name"]
 
 z, probes in scratch and updates must be bit-equal to the CPU's. Losses of a random BERT differ by the order of float32
 sums, captured passes from plain ones too; a short run on the GPU must replay to the same bits from its journal.
@@ -9,6 +9,7 @@ sums, captured passes from plain ones too; a short run on the GPU must replay to
 import argparse
 import dataclasses
 import functools
+import importlib.util
 import sys
 import tempfile
 import time
@@ -33,6 +34,7 @@ from mezo.adapter import add_adapter
 from mezo.engines.torch.dense import ProbeKeys
 from mezo.engines.torch.engine import TorchEngine
 from mezo.engines.torch.graphs import Graphs, Shape, StaticInputs
+from mezo.engines.torch.loading import load_model
 from mezo.engines.torch.low_rank import LowRank
 from mezo.engines.torch.space import ParameterSpace
 from mezo.estimator import Probe, Record, TwoPoint
@@ -207,6 +209,44 @@ def prefix_close() -> bool:
         if not trajectories_close(graphs, plain, [e for tokens in (9, 17, 30, 37) for e in rows_of(tokens)], 1e-1):
             return False
     return True
+
+
+def quantised_close(bits: int) -> bool:
+    """The same for LoRA on weights in 4 bits, whose losses are those of the dequantised ones; in 8, where nothing is
+    captured, losses of two engines in a short run."""
+    sizes = {"hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 3000}
+    rows = [e for tokens in (9, 17, 30, 37) for e in rows_of(tokens)]
+    with tempfile.TemporaryDirectory() as folder:
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(LlamaConfig(intermediate_size=512, **sizes)).save_pretrained(folder)
+        plain_options = MeZOConfig(model_name_or_path=folder, use_peft=True, dtype="float32")
+        options = dataclasses.replace(plain_options, **{f"load_in_{bits}bit": True})
+
+        def engine(options: MeZOConfig, like: torch.nn.Module | None = None) -> TorchEngine:
+            model = load_model(options, "causal_lm").model
+            for name, module in like.named_modules() if like is not None else ():
+                if hasattr(getattr(module, "weight", None), "quant_state"):
+                    weight = dequantize_4bit(module.weight.data, module.weight.quant_state)
+                    model.get_submodule(name.replace(".base_layer", "")).weight.data.copy_(weight)
+            return TorchEngine(add_adapter(model, options, "causal_lm").to("cuda"), NoTokenizer())
+
+        graphs, plain = engine(options), engine(options)
+        plain._graphs = plain._copies = None
+        if bits == 8:
+            probes = TwoPoint(0, 1e-1).probes(0)
+            losses = [e.losses(rows, probes) for e in (graphs, plain, plain)]
+            return bool(all(torch.isfinite(l).all() and torch.equal(l, losses[0]) for l in losses))
+        from bitsandbytes.functional import dequantize_4bit
+
+        dequantised = engine(plain_options, like=graphs.model.get_base_model())
+        for epsilon in (1e-3, 1e-1):
+            probes = TwoPoint(0, epsilon).probes(0)
+            for few in (rows, rows[:1]):  # one row goes by another kernel
+                apart = (graphs.losses(few, probes) - dequantised.losses(few, probes)).abs().max()
+                print(f"{len(few)} rows, epsilon {epsilon}: {float(apart):.1e} from the dequantised weights' losses")
+                if apart > 1e-4:
+                    return False
+    return trajectories_close(graphs, plain, rows, 1e-1)
 
 
 def trajectories_close(graphs: TorchEngine, plain: TorchEngine, rows: list[Example], epsilon: float = 1e-3) -> bool:
@@ -419,7 +459,9 @@ def _shown(result: object) -> object:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", default=str(Path(tempfile.gettempdir()) / "gpu_check.csv"))
-    path = Path(parser.parse_args().output)
+    parser.add_argument("--only", default="", help="part of the checks' names")
+    options = parser.parse_args()
+    path = Path(options.output)
     checks: dict[str, Callable[[], object]] = {"words equal": words_equal, "normals equal": normals_equal}
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for what, check in PER_TYPE.items():
@@ -452,8 +494,12 @@ def main() -> int:
         "last layer, low rank: captured passes as plain ones, 16 bits": lambda: captured_close((2, 50), last=True),
         "copy, GB/s": functools.partial(bandwidth, copied, torch.float32),
     }
+    if importlib.util.find_spec("bitsandbytes") is not None:
+        checks |= {f"LoRA on weights in {bits} bits": functools.partial(quantised_close, bits) for bits in (4, 8)}
     results: dict[str, object] = {}
     for name, run in checks.items():
+        if options.only not in name:
+            continue
         started = time.perf_counter()
         try:
             results[name] = run()

@@ -167,7 +167,7 @@ def run(setting: str, rate: float, seed: int, options: argparse.Namespace, rows:
                 **{name: value for name, value in yaml.safe_load(FILE.read_text()).items() if name not in OTHERWISE},
                 **TASK, "model_name_or_path": str(options.start), "dtype": "float32", "learning_rate": rate,
                 "seed": seed, "data_seed": seed, "max_steps": options.steps, "save_steps": 10**6,
-                "per_device_train_batch_size": options.batch, "per_device_eval_batch_size": 256,
+                "per_device_train_batch_size": options.batch, "per_device_eval_batch_size": 9 * options.batch,
                 "logging_steps": 10**6, "disable_tqdm": True, "output_dir": f"{folder}/run", **SETTINGS[setting],
             }
         )  # fmt: skip
