@@ -213,7 +213,7 @@ def prefix_close() -> bool:
 
 def quantised_close(bits: int) -> bool:
     """The same for LoRA on weights in 4 bits, whose losses are those of the dequantised ones; in 8, where nothing is
-    captured, losses of two engines in a short run."""
+    captured, those of two engines, which put other rows together."""
     sizes = {"hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 3000}
     rows = [e for tokens in (9, 17, 30, 37) for e in rows_of(tokens)]
     with tempfile.TemporaryDirectory() as folder:
@@ -234,8 +234,11 @@ def quantised_close(bits: int) -> bool:
         plain._graphs = plain._copies = None
         if bits == 8:
             probes = TwoPoint(0, 1e-1).probes(0)
-            losses = [e.losses(rows, probes) for e in (graphs, plain, plain)]
-            return bool(all(torch.isfinite(l).all() and torch.equal(l, losses[0]) for l in losses))
+            first, again, other = (e.losses(rows, probes) for e in (plain, plain, graphs))
+            apart, signs = float((first - other).abs().max()), float((first[0] - first[1]).abs().max())
+            print(f"two engines differ by {apart:.1e}, both signs by {signs:.1e}, a second pass by "
+                  f"{float((first - again).abs().max()):.1e}")  # fmt: skip
+            return torch.equal(first, again) and apart < signs / 10
         from bitsandbytes.functional import dequantize_4bit
 
         dequantised = engine(plain_options, like=graphs.model.get_base_model())

@@ -1,7 +1,7 @@
 """F1 of generated answers as what is trained, from a decoder that backpropagation has taught to answer some questions.
 
     python benchmarks/objective_f1.py --model FOLDER --train FILE.jsonl.gz --validation FILE.jsonl.gz --start FOLDER
-        --output FILE.csv [--settings "lora, file" …] [--rates 5e-3] [--seeds 0] [--steps 400]
+        --output FILE.csv [--settings "lora, file" …] [--rates 5e-3] [--seeds 0] [--steps 400] [--minutes 60]
 
 SQuAD's rows of at most 120 words. Where `--start` is not there yet, AdamW trains all parameters on the first half of
 the training rows and writes the model to it; nothing else is done then. After that each setting goes on from it with
@@ -15,6 +15,7 @@ import dataclasses
 import gzip
 import json
 import logging
+import math
 import statistics
 import tempfile
 import time
@@ -126,8 +127,8 @@ def mean_and_error(values: list[float]) -> tuple[float, float]:
 class Curve(TrainerCallback):
     """Answers the validation rows every so many steps; the time that this takes does not count."""
 
-    def __init__(self, every: int, max_new_tokens: int):
-        self.every, self.max_new_tokens = every, max_new_tokens
+    def __init__(self, every: int, max_new_tokens: int, until: float):
+        self.every, self.max_new_tokens, self.until = every, max_new_tokens, until
         self.points: list[dict[str, Any]] = []
         self.seconds = 0.0
 
@@ -145,6 +146,7 @@ class Curve(TrainerCallback):
         self.seconds += time.perf_counter() - self.started
         if state.global_step % self.every == 0:
             self.measure(state.global_step)
+            control.should_training_stop |= time.monotonic() > self.until
 
     def measure(self, step: int) -> None:
         answers = Answers.of(self.engine, self.examples, self.max_new_tokens)
@@ -161,6 +163,7 @@ class Curve(TrainerCallback):
 
 def run(setting: str, rate: float, seed: int, options: argparse.Namespace, rows: Any, validation: Any) -> None:
     """One run, appended to the CSV file."""
+    until = time.monotonic() + 60 * options.minutes
     with tempfile.TemporaryDirectory() as folder:
         config = MeZOConfig.from_dict(
             {
@@ -171,7 +174,7 @@ def run(setting: str, rate: float, seed: int, options: argparse.Namespace, rows:
                 "logging_steps": 10**6, "disable_tqdm": True, "output_dir": f"{folder}/run", **SETTINGS[setting],
             }
         )  # fmt: skip
-        curve = Curve(options.every, config.max_new_tokens)
+        curve = Curve(options.every, config.max_new_tokens, until)
         trainer = build_trainer(config, rows, validation, [curve])
         examples, trainer.eval_examples = trainer.eval_examples or [], None
         curve.begin(trainer.engine, examples)
@@ -195,6 +198,7 @@ def main() -> None:
     parser.add_argument("--rates", type=float, nargs="+", default=[5e-3])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="a run ends at the first evaluation after them")
     parser.add_argument("--every", type=int, default=50, help="steps between evaluations")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--start_epochs", type=int, default=3)
