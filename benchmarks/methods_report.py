@@ -6,14 +6,14 @@
 Curves are those of each method at the learning rate that its held-out rows chose, median of the seeds, with the
 smallest and the largest as a band. A curve reaches an accuracy where two evaluations in a row have it, since the best
 of twenty noisy ones has it too early. Seconds are steps times what a step takes with nothing beside it, evaluations not
-counted, on the device that the file has last of plain MeZO; those of a method that was timed beside plain MeZO on
-another device or at another commit are scaled by plain MeZO's.
+counted, on the device and at the commit that the file has the most methods of; those of a method that was timed beside
+plain MeZO elsewhere are scaled by plain MeZO's.
 """
 
 import argparse
 import math
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -91,18 +91,16 @@ def finals(found: list[Row]) -> dict[str, dict[str, Finals]]:
 
 
 def _step_seconds(found: list[Row], task: str, method: str) -> float:
+    timed = [row for row in found if (row["phase"], row["task"]) == ("time", task) and row["step"] != "0"]
+    runs = Counter((row["device"], row["commit"]) for row in timed)
     ours, plain = (
-        {
-            (row["device"], row["commit"]): float(row["milliseconds_per_step"]) / 1e3
-            for row in found
-            if (row["phase"], row["task"], row["method"]) == ("time", task, name) and row["step"] != "0"
-        }
+        {(r["device"], r["commit"]): float(r["milliseconds_per_step"]) / 1e3 for r in timed if r["method"] == name}
         for name in (method, "mezo")
     )
     beside = [run for run in plain or ours if run in ours]
     if not beside:
         return math.nan
-    scale = [*plain.values()][-1] / plain[beside[-1]] if plain else 1.0
+    scale = max(plain.items(), key=lambda of: runs[of[0]])[1] / plain[beside[-1]] if plain else 1.0
     return scale * ours[beside[-1]]
 
 
@@ -159,7 +157,7 @@ def _cells(methods: dict[str, Finals], method: str, at_edge: bool) -> tuple[str,
     ends, (forwards, seconds) = of.ends(), of.until(goal_of(methods))
     spread = {1: "one seed", 2: "two seeds: "}.get(len(ends), "") + f"{ends[0]:.1f}–{ends[-1]:.1f}" * (len(ends) > 1)
     reach = "–" if math.isinf(forwards) else f"{forwards:,.0f}"
-    time = "" if math.isnan(seconds) else "–" if math.isinf(seconds) else f"{seconds:.1f}"
+    time = reach if math.isinf(forwards) else "" if math.isnan(seconds) else f"{seconds:.1f}"
     return f"{statistics.median(ends):.1f} ({spread})" + " †" * at_edge, reach, time
 
 
@@ -190,7 +188,7 @@ def twins(found: list[Row], show: Callable[[str], None] = print) -> None:
     second, which holds other rows and other directions, too.
     """
     for task, methods in finals(found).items():
-        for twin in methods.keys() & TWINS.keys():
+        for twin in filter(TWINS.__contains__, methods):
             curves = {name: {c[0]["seed"]: c for c in methods[name].curves} for name in (twin, TWINS[twin][0])}
             ours, theirs = curves.values()
             pairs = [(ours[seed], theirs[seed]) for seed in ours.keys() & theirs.keys()]

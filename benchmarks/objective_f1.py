@@ -99,8 +99,8 @@ def make_start(options: argparse.Namespace, rows: list[dict[str, Any]], validati
         optimizer.step()
         if step % max(1, steps // 5) == 0 or step + 1 == steps:
             engine._changed()
-            print(f"start: step {step + 1} of {steps}, loss {loss.item():.3f}, F1 of validation rows "
-                  f"{mean_and_error(Answers.of(engine, trainer.eval_examples or [], 16).f1)[0]:.4f}", flush=True)  # fmt: skip
+            found, _ = mean_and_error(Answers.of(engine, trainer.eval_examples or [], 16).f1)
+            print(f"start: step {step + 1} of {steps}, loss {loss.item():.3f}, F1 of validation rows {found:.4f}")
     engine.model.save_pretrained(options.start)
     engine.tokenizer.save_pretrained(options.start)
 
@@ -179,9 +179,11 @@ def run(setting: str, rate: float, seed: int, options: argparse.Namespace, rows:
         examples, trainer.eval_examples = trainer.eval_examples or [], None
         curve.begin(trainer.engine, examples)
         trainer.train()
-    facts = {"setting": setting, "objective": config.objective, "estimator": config.estimator,
-             "num_queries": config.num_queries, "use_peft": config.use_peft, "epsilon": config.epsilon,
-             "learning_rate": rate, "batch": options.batch, "seed": seed, "train_rows": len(rows)}  # fmt: skip
+    facts = {
+        "start": options.start.name, "setting": setting, "objective": config.objective, "estimator": config.estimator,
+        "num_queries": config.num_queries, "use_peft": config.use_peft, "epsilon": config.epsilon,
+        "learning_rate": rate, "batch": options.batch, "seed": seed, "train_rows": len(rows),
+    }  # fmt: skip
     append(options.output, [{**facts, **point, **provenance()} for point in curve.points])
     shown = " ".join(f"{p['f1']:.3f}" for p in curve.points)
     last = curve.points[-1]
