@@ -34,6 +34,7 @@ ROWS = Path(__file__).parents[1] / "benchmarks" / "results" / "methods.csv"
 USUAL = {"estimator": "spsa", "optim": "sgd", "direction": "dense", "epsilon": 1e-3}
 SIZES = {"trained_parameters": {"small": 1_000, "large": 20_000}, "rows": []}
 FULL = {"method": "fzoo", "options": {**USUAL, "estimator": "fzoo", "num_queries": 4}, "learning_rate": 2e-3, **SIZES}
+LOW_RANK = {**FULL, "options": {**FULL["options"], "direction": "low_rank"}, "learning_rate": 4e-3}
 UPPER = {**FULL, "learning_rate": 3e-3}
 LORA = {
     "method": "adam",
@@ -44,6 +45,7 @@ LORA = {
 SGLANG = {"method": "spsa", "options": {**USUAL, "epsilon": 1e-2, "num_queries": 2}, "learning_rate": 1e-4, **SIZES}
 KINDS = {
     "full": {},
+    "low rank": {"direction": "low_rank"},
     "upper layers": {"trainable_layers": "last:2"},
     "lora": {"use_peft": True},
     "sglang lora": {"use_peft": True, "engine": "sglang"},
@@ -52,7 +54,7 @@ KINDS = {
 
 def write(monkeypatch, folder, **changed):
     path = folder / "auto.yaml"
-    table = {"full": FULL, "upper layers": UPPER, "lora": LORA, "sglang lora": SGLANG}
+    table = {"full": FULL, "low rank": LOW_RANK, "upper layers": UPPER, "lora": LORA, "sglang lora": SGLANG}
     path.write_text(yaml.safe_dump(table | changed))
     monkeypatch.setattr(auto, "TABLE", path)
 
@@ -120,7 +122,8 @@ MEND = "or give a learning_rate too (mezo tune --learning_rates … finds one)"
     ("named", "line"),
     [
         ({"estimator": "spsa"}, "its learning_rate was measured with estimator fzoo, not spsa; leave out estimator, "),
-        ({"direction": "low_rank"}, "measured with direction dense, not low_rank; leave out direction, "),
+        ({"direction": "subspace"}, "measured with direction dense, not subspace; leave out direction, "),
+        ({"trainable_layers": "last:2", "direction": "low_rank"}, "measured with direction dense, not low_rank; "),
         ({"use_peft": True, "optim": "sgd"}, "measured with optim adam, not sgd; leave out optim, "),
         ({"use_peft": True, "epsilon": "1e-3"}, "measured with epsilon 0.01, not 0.001; leave out epsilon, "),
         ({"normalize_perturbations": True}, "measured with normalize_perturbations False, not True; leave out "),

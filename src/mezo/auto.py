@@ -42,7 +42,8 @@ class Entry:
 
 
 def entries() -> dict[str, Entry]:
-    """The table: full (all parameters), upper layers (`trainable_layers`), lora, and sglang lora, where no Adam is."""
+    """The table: full (all parameters), low rank (the same by directions U Vᵀ), upper layers (`trainable_layers`),
+    lora, and sglang lora, where no Adam is."""
     import yaml  # here, so that `mezo --help` answers at once
 
     return {name: Entry(**values) for name, values in yaml.safe_load(TABLE.read_text()).items()}
@@ -62,8 +63,11 @@ def entry_of(values: Mapping[str, object]) -> Entry:
         raise UserError(f"method auto was measured on objective loss; with objective {objective} use method mezo")
     if sglang and not lora:
         raise UserError("engine sglang trains LoRA adapters: set use_peft, or use engine torch")
-    layers = values.get("trainable_layers") is not None
-    return entries()["sglang lora" if sglang else "lora" if lora else "upper layers" if layers else "full"]
+    if lora:
+        return entries()["sglang lora" if sglang else "lora"]
+    if values.get("trainable_layers") is not None:
+        return entries()["upper layers"]
+    return entries()["low rank" if values.get("direction") == "low_rank" else "full"]
 
 
 def resolved(named: Mapping[str, object]) -> dict[str, object]:
