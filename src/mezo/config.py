@@ -106,9 +106,9 @@ class MeZOConfig:
             are computed once per row.
         num_virtual_tokens: Length of the prefix.
         method: mezo is what the options say, as published if they say nothing; auto sets estimator, optimizer,
-            directions, epsilon and learning rate as measurements chose them for all parameters, upper layers or LoRA,
-            wherever an option is not named (see docs/methods.md). It is resolved by `from_dict`, `mezo_finetune` and
-            the command line, which know what is named.
+            directions, epsilon and learning rate as measurements chose them for all parameters (dense or low-rank
+            directions), upper layers or LoRA, wherever an option is not named (see docs/methods.md). It is resolved by
+            `from_dict`, `mezo_finetune` and the command line, which know what is named.
         output_dir: Folder of the run: journal, checkpoints, final weights, trainer_state.json.
         max_steps: Steps to train.
         per_device_train_batch_size: Examples in a forward pass.
