@@ -48,9 +48,9 @@ from gpu_sglang import SHAPES, make_folder, same_in_workers
 from provenance import provenance, write
 
 from mezo.config import MeZOConfig
-from mezo.engines.torch.engine import Past, TorchEngine
+from mezo.engines.torch.engine import TorchEngine
 from mezo.engines.torch.layers import trainable_names
-from mezo.engines.torch.reuse import Stage
+from mezo.engines.torch.reuse import Past, Stage
 from mezo.estimator import Probe, Record, TwoPoint
 from mezo.objective import Example, batch_loss
 

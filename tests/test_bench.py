@@ -11,6 +11,7 @@ from mezo import UserError, bench
 from mezo.bench import BenchOptions, make_bench_engine, make_examples, mezo_step, original_step, run
 from mezo.cli import main
 from mezo.engines.torch.engine import TorchEngine
+from mezo.engines.torch.passes import Costs
 
 
 def options(folder, **more):
@@ -96,7 +97,7 @@ def test_bytes_of_a_cut_pass(model_folder, monkeypatch):
     engine = make_bench_engine(opts)
     examples = make_examples(opts, engine)
     assert bench._passes(opts, engine, examples) == 1
-    monkeypatch.setattr(engine, "_most_tokens_of", lambda *_: examples[0].num_tokens)
+    monkeypatch.setattr(Costs, "most_tokens", lambda *_: examples[0].num_tokens)
     assert bench._passes(opts, engine, examples) == len(examples)
 
 

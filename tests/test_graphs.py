@@ -207,7 +207,7 @@ def test_buckets(rows, bucket):
 
 def test_large_passes_are_not_captured(model_folder, monkeypatch):
     static, examples = engine_for(model_folder("opt"), "opt", {})
-    monkeypatch.setattr("mezo.engines.torch.engine._STATIC_FLOPS", 1.0)
+    monkeypatch.setattr("mezo.engines.torch.passes.STATIC_FLOPS", 1.0)
     as_on_gpu(static)
     for step in range(2):
         static.losses(examples[:2], TwoPoint(7, 0.05).probes(step))
@@ -222,7 +222,7 @@ def test_groups_of_few_shapes(model_folder, monkeypatch):
     monkeypatch.setattr(type(static), "_cost_of_pass", lambda *_: 0)
     as_on_gpu(static)
     assert {len(group) % 4 for group in static._groups(batch, 16)} == {0}
-    monkeypatch.setattr("mezo.engines.torch.engine._STATIC_FLOPS", 1.0)
+    monkeypatch.setattr("mezo.engines.torch.passes.STATIC_FLOPS", 1.0)
     assert {len(group) % 4 for group in static._groups(batch, 16)} != {0}
 
 
@@ -232,14 +232,14 @@ def test_probes_share_the_memory_of_one(model_folder, monkeypatch, kind):
     static, examples = engine_for(model_folder("opt"), "opt", KINDS[kind])
     plain, _ = engine_for(model_folder("opt"), "opt", KINDS[kind])
     as_on_gpu(static)
-    monkeypatch.setattr("mezo.engines.torch.engine._STATIC_FLOPS", 1.0)
+    monkeypatch.setattr("mezo.engines.torch.passes.STATIC_FLOPS", 1.0)
     probes, batch, sizes = TwoPoint(7, 0.05, 2).probes(0), examples[:6], []
     inference = sum(len(e.sequences) for e in batch) * max(len(s.input_ids) for e in batch for s in e.sequences)
     static._transformer.get_input_embeddings().register_forward_hook(lambda _, x, __: sizes.append(x[0].numel()))
     losses = {}
     for filling in (0, 1 << 20):
-        monkeypatch.setattr("mezo.engines.torch.engine._FILLING_TOKENS", filling)
-        monkeypatch.setattr("mezo.engines.torch.engine._FILLING_FLOPS", 0)
+        monkeypatch.setattr("mezo.engines.torch.passes.FILLING_TOKENS", filling)
+        monkeypatch.setattr("mezo.engines.torch.passes.FILLING_FLOPS", 0)
         sizes.clear()
         losses[filling] = static.losses(batch, probes)
         assert (max(sizes) <= inference) == (filling == 0)

@@ -11,9 +11,11 @@ from mezo import MeZOConfig, UserError, mezo_finetune
 from mezo.api import build_trainer
 from mezo.cli import main
 from mezo.engines.torch import engine as engine_module
-from mezo.engines.torch.engine import TorchEngine, length_groups
+from mezo.engines.torch import passes
+from mezo.engines.torch.engine import TorchEngine
 from mezo.engines.torch.graphs import Graphs, Shape
 from mezo.engines.torch.low_rank import LowRank
+from mezo.engines.torch.passes import length_groups
 from mezo.errors import EngineError
 from mezo.estimator import Probe, Record
 from tests.conftest import SENTIMENT_ROWS
@@ -200,7 +202,7 @@ def test_losses_of_every_token_go_in_passes_of_so_many_logits(model_folder, monk
     assert (
         whole == 2 * sum(len(s.targets) for e in trainer.train_examples for s in e.sequences) and max(seen) > 2 * most
     )
-    monkeypatch.setattr(engine_module, "_MOST_LOGITS", most * 2 * head.out_features)
+    monkeypatch.setattr(passes, "MOST_LOGITS", most * 2 * head.out_features)
     seen.clear()
     assert (trainer.engine.losses(trainer.train_examples, PROBES) - expected).abs().max() < 1e-5
     assert sum(seen) == whole and max(seen) <= 2 * most

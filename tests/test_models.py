@@ -27,7 +27,7 @@ from mezo.config import MeZOConfig
 from mezo.engines.torch import dense as dense_module
 from mezo.engines.torch import engine as engine_module
 from mezo.engines.torch.dense import Dense
-from mezo.engines.torch.engine import length_groups
+from mezo.engines.torch.passes import length_groups
 from mezo.engines.torch.perturbed import PerturbedForward
 from mezo.estimator import Probe
 from mezo.evaluation import evaluate

@@ -55,16 +55,15 @@ def engine_for(
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(names is None or name in names)
     engine = make_engine(config, model, load_tokenizer(config))
-    type(engine)._pass_cost = property(lambda self: dense_cost)  # every stage that saves anything
-    type(engine)._cost_of_pass = lambda self, num_probes: dense_cost
+    type(engine)._cost_of_pass = lambda self, num_probes: dense_cost  # every stage that saves anything
     return engine
 
 
 @pytest.fixture(autouse=True)
-def _pass_cost():
-    real = TorchEngine._pass_cost, TorchEngine._cost_of_pass
+def _cost_of_pass():
+    real = TorchEngine._cost_of_pass
     yield
-    TorchEngine._pass_cost, TorchEngine._cost_of_pass = real
+    TorchEngine._cost_of_pass = real
 
 
 tokens = st.integers(10, 29)

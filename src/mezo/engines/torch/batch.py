@@ -9,6 +9,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
 
 from mezo.engines.torch.reuse import Stage
 from mezo.objective import TargetScores, TokenSequence
@@ -85,3 +87,36 @@ def target_scores(scores: Tensor, num_targets: int) -> list[TargetScores]:
     logprobs_PT = scores_PT[0]
     hits_PT = scores_PT[1] > 0 if len(scores_PT) > 1 else torch.zeros_like(logprobs_PT, dtype=torch.bool)
     return list(map(TargetScores, logprobs_PT, hits_PT))
+
+
+class LastHidden:
+    """A context in which a language-model head sees only the hidden states whose logits are read, as one row [1, Q, D].
+
+    A classification head pools by itself and sees everything.
+    """
+
+    def __init__(self, model: PreTrainedModel, row_Q: Tensor, position_Q: Tensor):
+        self._model = model
+        self._where = (row_Q, position_Q)
+
+    def __enter__(self) -> None:
+        self._handle = None
+        if not classifies(self._model):
+            # Not `base_model`: some models (OPT) call the decoder inside it. ModernBERT's "decoder" is its head.
+            body = self._model.get_decoder()
+            body = self._model.base_model if isinstance(body, torch.nn.Linear) else body
+            self._handle = body.register_forward_hook(self._select)
+
+    def __exit__(self, *exception: object) -> None:
+        if self._handle is not None:
+            self._handle.remove()
+
+    def _select(self, module: torch.nn.Module, args: object, output: BaseModelOutput) -> BaseModelOutput:
+        hidden_RSD = output.last_hidden_state
+        output.last_hidden_state = hidden_RSD[self._where][None]
+        return output
+
+
+def classifies(model: PreTrainedModel) -> bool:
+    """Whether the head gives classes, not tokens."""
+    return type(model).__name__.endswith("ForSequenceClassification")

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
@@ -24,11 +24,10 @@ from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.modeling_outputs import BaseModelOutput
 
 from mezo.adapter import canonical_name
 from mezo.engines.base import Loss, Work
-from mezo.engines.torch.batch import Padded, Reads, target_scores
+from mezo.engines.torch.batch import LastHidden, Padded, Reads, classifies, target_scores
 from mezo.engines.torch.buffer import ProbeBuffers
 from mezo.engines.torch.deferred import DeferredUpdate, is_capturing
 from mezo.engines.torch.dense import Copies, Dense, DenseOnGPU, ProbeKeys, is_paired
@@ -39,8 +38,11 @@ from mezo.engines.torch.loading import num_weights
 from mezo.engines.torch.lora import BatchedLoRA
 from mezo.engines.torch.low_rank import LowRank
 from mezo.engines.torch.optimizer import Optimizer, load_state, save_state
+from mezo.engines.torch.passes import Costs, length_groups
 from mezo.engines.torch.perturbed import BATCHED_MODELS, PerturbedForward, Weights
 from mezo.engines.torch.reuse import (
+    Beginning,
+    Past,
     Stage,
     TensorStore,
     cache_of_rows,
@@ -62,15 +64,8 @@ _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 _COPY_BYTES = 5 << 28  # memory of a GPU for whole copies of a small model's parameters
-# A pass of fewer floating-point operations is launched as a CUDA graph: a GPU needs 0.2 to 2 s for more.
-_STATIC_FLOPS = 2e14
-# A pass of as many tokens and floating-point operations fills a GPU; more of both at once are no faster.
-_FILLING_TOKENS, _FILLING_FLOPS = 4096, 5e12
 # Of a token in a large model: memory is worth more than the time to capture passes anew after an evaluation.
 _LARGE_FLOPS = 2e9
-_MOST_LOGITS = 1 << 29  # of a pass, where losses read many positions
-# A pass is not shorter than about a millisecond, in which a GPU does as many floating-point operations.
-_LAUNCH_FLOPS, _LAUNCH_FLOPS_FLOAT32 = 5e11, 5e10
 
 
 def _making_room(method: Callable[Concatenate[TorchEngine, _P], _T]) -> Callable[Concatenate[TorchEngine, _P], _T]:
@@ -87,40 +82,6 @@ def _making_room(method: Callable[Concatenate[TorchEngine, _P], _T]) -> Callable
         return method(self, *args, **kwargs)
 
     return with_room
-
-
-class Past(NamedTuple):
-    """Keys and values of what stands before a stage, and which of them are padding."""
-
-    cache: DynamicCache
-    mask_RS: Tensor
-
-    def of_rows(self, parents: Sequence[int], num_probes: int) -> Past:
-        """For each row of a next stage that of its parent; probe by probe."""
-        rows = len(self.mask_RS) // num_probes
-        if list(parents) == list(range(rows)):
-            return self
-        index = torch.tensor([p * rows + parent for p in range(num_probes) for parent in parents])
-        index = index.to(self.mask_RS.device)
-        self.cache.batch_select_indices(index)
-        return Past(self.cache, self.mask_RS[index])
-
-
-class _Beginning(NamedTuple):
-    """Tokens that all rows of a pass began with, and their keys and values [P, H, S, D] in each layer, behind those
-    of a trained prefix."""
-
-    probes: tuple[Probe, ...]
-    tokens: tuple[int, ...]
-    layers: list[tuple[Tensor, Tensor]]
-
-    def cut(self, same: int) -> Past:
-        """The first tokens of it."""
-        same += self.layers[0][0].shape[2] - len(self.tokens)
-        cache = DynamicCache()
-        for layer, (keys, values) in enumerate(self.layers):
-            cache.update(keys[:, :, :same], values[:, :, :same], layer)
-        return Past(cache, torch.ones(len(self.probes), same, dtype=torch.long, device=self.layers[0][0].device))
 
 
 class TorchEngine:
@@ -169,7 +130,7 @@ class TorchEngine:
         self._transformer: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model
         self._checked_reads = False
         self._defers = False  # updates may wait for the next pass
-        self._beginning: _Beginning | None = None  # of the pass before, under the present weights
+        self._beginning: Beginning | None = None  # of the pass before, under the present weights
         self._common: tuple[int, ...] = ()  # what all rows of a call begin with, if it takes several passes
         self._most_tokens: float = math.inf  # rows × longest row that fit into memory in one pass, as far as known
         self._share = share
@@ -205,7 +166,7 @@ class TorchEngine:
         # Where launching kernels costs more than running them.
         by_outliers = getattr(self._transformer, "is_loaded_in_8bit", False)  # which every pass looks for
         self._graphs = Graphs(model.device, captures=not by_outliers) if on_gpu else None
-        self._pass_flops = 2 * num_weights(model)  # of a token
+        self._token_flops = 2 * num_weights(model)
 
     @property
     def model(self) -> PreTrainedModel | PeftModel:
@@ -240,7 +201,7 @@ class TorchEngine:
 
     def score(self, examples: Sequence[Example]) -> TargetScores:
         """See `Engine.score`."""
-        if self._graphs is not None and self._pass_flops > _LARGE_FLOPS:
+        if self._graphs is not None and self._token_flops > _LARGE_FLOPS:
             self._graphs.clear()
         return self._scored(examples)
 
@@ -444,40 +405,26 @@ class TorchEngine:
 
         What all passes begin with, if they are several, is noted.
         """
+        costs = self._costs
         groups: list[list[int]] = []
         beginnings: list[tuple[int, ...]] = []
         for first in range(0, len(examples), batch_size):
             part = examples[first : first + batch_size]
             shapes = [(len(e.sequences), max(len(s.input_ids) - s.adapter_start for s in e.sequences)) for e in part]
-            most_tokens = min(self._most_tokens, self._most_tokens_of(num_probes, shapes))
+            most_tokens = min(self._most_tokens, costs.most_tokens(num_probes, shapes))
             beginnings.append(self._common_beginning(part))
             parts = length_groups(
                 shapes,
                 self._cost_of_pass(num_probes),
                 most_tokens,
-                self._group_step(shapes, most_tokens),
+                costs.step(shapes, most_tokens),
                 len(beginnings[-1]),
             )
             groups += [[first + n for n in group] for group in parts]
-        passes = [part for group in groups for part in self._within_logits(examples, group, num_probes)]
+        reads = [sum(len({t.position for t in s.targets}) for s in e.sequences) for e in examples]
+        passes = [part for group in groups for part in costs.within_logits(reads, group, num_probes)]
         self._common = beginnings[0][: common_prefix(beginnings)] if len(passes) > 1 else ()
         return passes
-
-    def _within_logits(self, examples: Sequence[Example], group: list[int], num_probes: int) -> Iterator[list[int]]:
-        """A group in parts whose positions that are read have no more logits than fit beside a pass."""
-        if _classifies(self._transformer):
-            yield group
-            return
-        most = _MOST_LOGITS // (num_probes * self._transformer.config.get_text_config().vocab_size)
-        part: list[int] = []
-        reads = 0
-        for n in group:
-            own = sum(len({t.position for t in s.targets}) for s in examples[n].sequences)
-            if part and reads + own > most:
-                yield part
-                part, reads = [], 0
-            part, reads = [*part, n], reads + own
-        yield part
 
     @property
     def _shares_prefixes(self) -> bool:
@@ -503,34 +450,22 @@ class TorchEngine:
         """Whether the weights under a probe are formed anew where a pass reads them."""
         return self._lora is None and self._low_rank is None and self._copies is None
 
-    def _most_tokens_of(self, num_probes: int, shapes: Sequence[tuple[int, int]]) -> float:
-        """Rows × longest row with which several probes take no more memory than one on all rows, if they fill the GPU.
-
-        Not where the model's weights are formed anew in each pass.
-        """
-        if self._graphs is None or (self._forms_weights and not self._has_prefix):
-            return math.inf
-        tokens = sum(rows for rows, _ in shapes) * max(longest for _, longest in shapes)
-        filling = max(_FILLING_TOKENS, _FILLING_FLOPS / self._pass_flops)
-        return float(max(tokens, filling)) / num_probes
-
-    def _group_step(self, shapes: Sequence[tuple[int, int]], most_tokens: float) -> int:
-        """What numbers of examples of a pass are multiples of: passes that become graphs shall be of few shapes."""
-        tokens = sum(rows * longest for rows, longest in shapes)
-        is_small = self._graphs is not None and tokens * self._pass_flops < _STATIC_FLOPS
-        return max(1, len(shapes) // 4) if is_small and tokens <= most_tokens else 1
-
     @property
-    def _pass_cost(self) -> int:
-        """What one more forward pass costs, in tokens: a dense direction is drawn anew in each."""
-        return 100 if isinstance(self.model, PeftModel) else 500
+    def _costs(self) -> Costs:
+        """What decides how batches are cut, as the engine is now."""
+        config = self._transformer.config.get_text_config()
+        return Costs(
+            own=100 if isinstance(self.model, PeftModel) else 500,
+            token_flops=self._token_flops,
+            on_gpu=self._graphs is not None,
+            is_float32=self.model.dtype == torch.float32,
+            together=not self._forms_weights or self._has_prefix,
+            vocab_size=None if classifies(self._transformer) else config.vocab_size,
+        )
 
     def _cost_of_pass(self, num_probes: int) -> int:
-        """The same in tokens of one probe; on a GPU a small model's pass takes as long as launching its kernels."""
-        if self._graphs is None:
-            return self._pass_cost
-        flops = _LAUNCH_FLOPS_FLOAT32 if self.model.dtype == torch.float32 else _LAUNCH_FLOPS
-        return max(self._pass_cost, int(min(_FILLING_TOKENS, flops / self._pass_flops) / num_probes))
+        """What one more forward pass costs, in tokens of one probe."""
+        return self._costs.of_pass(num_probes)
 
     def _fitting(self, examples: Sequence[Example], probes: Sequence[Probe], *, greedy: bool) -> list[TargetScores]:
         """`_scores`, in halves where memory does not hold them at once; later passes are cut to what did not fit."""
@@ -657,7 +592,7 @@ class TorchEngine:
         if past is None or start < len(tokens):
             past = self._extend(past, stage.after(start), len(probes))
         layers = [(layer.keys, layer.values) for layer in past.cache.layers]
-        self._beginning = _Beginning(tuple(probes), tokens, layers)
+        self._beginning = Beginning(tuple(probes), tokens, layers)
         return past
 
     def _scores_activated(
@@ -694,14 +629,13 @@ class TorchEngine:
             known = self._low_rank.keep == 1.0
         else:
             known = self._lora is not None or not moved or self._copies is not None or self._keys is not None
-        tokens = len(probes) * (stage.num_tokens + stage.num_padding)
-        return known and tokens * self._pass_flops < _STATIC_FLOPS
+        return known and self._costs.is_small(len(probes) * (stage.num_tokens + stage.num_padding))
 
     def _takes_prefix(self, stage: Stage) -> bool:
         """Whether the model itself takes a trained prefix as PEFT hands it over, and all of a stage sees it."""
         if self._is_decoder:
             return self._prefix_tokens + max(map(len, stage.chunks)) <= self._reach
-        return not _classifies(self._transformer) and self._transformer.config.model_type in BATCHED_MODELS
+        return not classifies(self._transformer) and self._transformer.config.model_type in BATCHED_MODELS
 
     def _read_static(
         self,
@@ -729,7 +663,7 @@ class TorchEngine:
         def forward(static: StaticInputs) -> Tensor:
             row_Q, position_Q = static.reads.places(len(probes), shape.rows)
             attention = unmasked_attention(self._transformer) if is_causal else nullcontext()
-            last = _LastHidden(self._transformer, row_Q, position_Q)
+            last = LastHidden(self._transformer, row_Q, position_Q)
             with self._perturbed(probes) as inside, self._skipping(static.hidden_RSD, len(probes)), last, attention:
                 prefix = self._root(len(probes) * shape.rows).cache if self._has_prefix else None
                 arguments = static.arguments(self.model.dtype, prefix, encoder=not self._is_decoder)
@@ -862,7 +796,7 @@ class TorchEngine:
         arguments = self._arguments(past, stage, num_probes)
         model = self.model if self._has_prefix and past is None else self._transformer
         above = self._skipping(stage.hidden_RSD, num_probes, arguments.get("past_key_values"))
-        with above, _LastHidden(self._transformer, row_Q, position_Q):
+        with above, LastHidden(self._transformer, row_Q, position_Q):
             logits = model(**arguments).logits
         assert logits.ndim == 2 or logits.shape[:2] == (1, len(row_Q)), "the head did not see the selected states"
         logits_QV = logits[row_Q] if logits.ndim == 2 else logits[0]
@@ -932,78 +866,6 @@ class TorchEngine:
         unread = self._unread(read_names)
         if unread:
             logger.warning("%d trained parameters do not take part in the loss: %s", len(unread), ", ".join(unread[:5]))
-
-
-def length_groups(
-    shapes: Sequence[tuple[int, int]], pass_cost: int, most_tokens: float = math.inf, step: int = 1, common: int = 0
-) -> list[list[int]]:
-    """Splits examples into forward passes so that padding and number of passes together cost least.
-
-    Args:
-        shapes: rows and longest row, in tokens, of each example.
-        pass_cost: what one more pass costs, in tokens. A dense direction is drawn anew in each pass, which on a CPU
-            takes as long as some 75 tokens and on a GPU as long as some 700; an adapter's costs little.
-        most_tokens: rows × longest row of a pass, unless it has one example only.
-        step: the number of examples of a pass is a multiple of it, but for the one with the longest rows.
-        common: tokens that all rows begin with; a pass computes them once, in one more pass, where that costs less.
-
-    Returns:
-        Indices of the examples of each pass, shortest rows first; the order of equal lengths is kept.
-    """
-    order = sorted(range(len(shapes)), key=lambda n: shapes[n][1])
-    best: list[tuple[float, int]] = [(0.0, 0)]  # cost of the first k examples, and where their last pass starts
-    for stop in range(1, len(order) + 1):
-        longest, rows = shapes[order[stop - 1]][1], 0
-        choices: list[tuple[float, int]] = []
-        for start in range(stop - 1, -1, -1):
-            rows += shapes[order[start]][0]
-            if start % step:
-                continue
-            if choices and rows * longest > most_tokens:
-                break
-            saved = max(0, common * (rows - 1) - pass_cost)
-            choices.append((best[start][0] + rows * longest - saved + pass_cost, start))
-        best.append(min(choices))
-    groups: list[list[int]] = []
-    stop = len(order)
-    while stop:
-        start = best[stop][1]
-        groups.insert(0, order[start:stop])
-        stop = start
-    return groups
-
-
-class _LastHidden:
-    """Context in which a language-model head sees only the hidden states whose logits are read, as one row [1, Q, D].
-
-    A classification head pools by itself and sees everything.
-    """
-
-    def __init__(self, model: PreTrainedModel, row_Q: Tensor, position_Q: Tensor):
-        self._model = model
-        self._where = (row_Q, position_Q)
-
-    def __enter__(self) -> None:
-        self._handle = None
-        if not _classifies(self._model):
-            # Not `base_model`: some models (OPT) call the decoder inside it. ModernBERT's "decoder" is its head.
-            body = self._model.get_decoder()
-            body = self._model.base_model if isinstance(body, torch.nn.Linear) else body
-            self._handle = body.register_forward_hook(self._select)
-
-    def __exit__(self, *exception: object) -> None:
-        if self._handle is not None:
-            self._handle.remove()
-
-    def _select(self, module: torch.nn.Module, args: object, output: BaseModelOutput) -> BaseModelOutput:
-        hidden_RSD = output.last_hidden_state
-        output.last_hidden_state = hidden_RSD[self._where][None]
-        return output
-
-
-def _classifies(model: PreTrainedModel) -> bool:
-    """Whether the head gives classes, not tokens."""
-    return type(model).__name__.endswith("ForSequenceClassification")
 
 
 def trained_parameters(model: PreTrainedModel | PeftModel) -> dict[str, Tensor]:

@@ -10,12 +10,14 @@ import math
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PretrainedConfig
 
+from mezo.estimator import Probe
 from mezo.objective import Example, TokenSequence, common_prefix
 
 # Decoders that find keys by mask and position ids alone, so that padding may stand between a prompt and what goes on
@@ -104,6 +106,40 @@ class Stage:
         hidden_RSD = None if self.hidden_RSD is None else self.hidden_RSD[:, done:]
         chunks, starts = [chunk[done:] for chunk in self.chunks], [start + done for start in self.starts]
         return replace(self, chunks=chunks, starts=starts, hidden_RSD=hidden_RSD)
+
+
+class Past(NamedTuple):
+    """Keys and values of what stands before a stage, and which of them are padding."""
+
+    cache: DynamicCache
+    mask_RS: Tensor
+
+    def of_rows(self, parents: Sequence[int], num_probes: int) -> Past:
+        """For each row of a next stage that of its parent; probe by probe."""
+        rows = len(self.mask_RS) // num_probes
+        if list(parents) == list(range(rows)):
+            return self
+        index = torch.tensor([p * rows + parent for p in range(num_probes) for parent in parents])
+        index = index.to(self.mask_RS.device)
+        self.cache.batch_select_indices(index)
+        return Past(self.cache, self.mask_RS[index])
+
+
+class Beginning(NamedTuple):
+    """Tokens that all rows of a pass began with, and their keys and values [P, H, S, D] in each layer, behind those
+    of a trained prefix."""
+
+    probes: tuple[Probe, ...]
+    tokens: tuple[int, ...]
+    layers: list[tuple[Tensor, Tensor]]
+
+    def cut(self, same: int) -> Past:
+        """The first tokens of it."""
+        same += self.layers[0][0].shape[2] - len(self.tokens)
+        cache = DynamicCache()
+        for layer, (keys, values) in enumerate(self.layers):
+            cache.update(keys[:, :, :same], values[:, :, :same], layer)
+        return Past(cache, torch.ones(len(self.probes), same, dtype=torch.long, device=self.layers[0][0].device))
 
 
 def prompt_length(sequences: Sequence[TokenSequence]) -> int:
