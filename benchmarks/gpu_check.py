@@ -279,7 +279,7 @@ def deferred_equal(dtype: torch.dtype, queries: int = 1) -> bool:
             losses = []
             for engine in (waiting, prompt):
                 if queries > 1 and engine._keys is not None:
-                    engine._keys.block = 1 << 14
+                    engine._keys.block, engine._keys.most_formed = 1 << 14, 1 << 15
                 losses.append(engine.losses(batch, probes))
                 seeds = enumerate(probe.seed for probe in probes[::2])
                 engine.update([Record(step, s, 0.0, 0.0, 0.5, 2e-2, 1, len(batch), q, queries) for q, s in seeds])

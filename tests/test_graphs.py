@@ -9,7 +9,7 @@ from mezo import MeZOConfig
 from mezo.api import build_trainer
 from mezo.engines.torch.dense import Copies
 from mezo.engines.torch.graphs import Graphs, Shape
-from mezo.estimator import TwoPoint
+from mezo.estimator import OneSided, TwoPoint
 from mezo.objective import Example, TokenSequence
 from tests.conftest import SENTIMENT_ROWS
 from tests.test_low_rank import DIRECTIONS, TOLERANCE, noisy, numbers, options_for
@@ -245,6 +245,23 @@ def test_probes_share_the_memory_of_one(model_folder, monkeypatch, kind):
         assert (max(sizes) <= inference) == (filling == 0)
     for found in losses.values():
         assert (found - plain.losses(batch, probes)).abs().max() < TOLERANCE
+
+
+def test_dense_probes_share_the_memory_of_two(model_folder, monkeypatch):
+    """Where each pass forms the weights probes are cut, not rows: two together on a filled GPU, else a power of two."""
+    engine, examples = engine_for(model_folder("opt"), "opt", {})
+    plain, _ = engine_for(model_folder("opt"), "opt", {})
+    engine._graphs, batch, probes = Graphs(engine.model.device), examples[:4], OneSided(7, 0.05, 6).probes(0)
+    tokens = sum(e.num_tokens for e in batch)
+    seen, weights = [], engine._weights
+    monkeypatch.setattr(engine, "_weights", lambda some: seen.append(len(some)) or weights(some))
+    monkeypatch.setattr("mezo.engines.torch.passes.FILLING_FLOPS", 0)
+    expected = plain.losses(batch, probes)
+    for filling, groups in ((0, {2, 1}), (5 * tokens, {4, 3}), (100 * tokens, {7})):
+        monkeypatch.setattr("mezo.engines.torch.passes.FILLING_TOKENS", filling)
+        seen.clear()
+        assert (engine.losses(batch, probes) - expected).abs().max() < TOLERANCE
+        assert set(seen) == groups
 
 
 def test_copies_begin_where_products_read_them_fast(model_folder):

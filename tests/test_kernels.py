@@ -133,6 +133,17 @@ for probes in (pair, [Probe(5, 0.05), Probe(6, 0.05)], [*pair, Probe(7, 0.0)]):
     # More than two probes in one product, which sums in another order.
     assert torch.equal(*logits) if len(probes) == 2 else (logits[0] - logits[1]).abs().max() < 1e-5
     assert (logits[0] - model(ids).logits).abs().max() > 1e-3
+probes, ids = [*pair, Probe(5, 0.05), Probe(6, 0.05), Probe(7, 0.0)], torch.arange(10).view(-1, 2)
+expected, sizes = Dense(space, probes), []
+with torch.no_grad(), PerturbedForward(expected):
+    expected = model(ids).logits
+for keys in (ProbeKeys(space, torch.device("cpu")) for _ in range(2)):
+    weights = DenseOnGPU(space, keys, probes)
+    with torch.no_grad(), PerturbedForward(weights):
+        assert (model(ids).logits - expected).abs().max() < 1e-5
+    sizes.append(keys.write(probes).scratch.numel())
+    ProbeKeys.at_once = lambda self, size: 2  # for the second: a block under two probes after the other
+assert sizes[0] * 2 == sizes[1] * 5
 """)
 
 
@@ -336,6 +347,7 @@ from mezo.engines.torch.engine import TorchEngine
 from mezo.estimator import Record, TwoPoint
 from mezo.objective import Example, Target, TokenSequence, batch_loss
 dense._LINEAR_BLOCK_GPU = (64 * 16, 64 * 16)  # a layer of two blocks
+dense._MOST_FORMED = 0  # under two probes at once
 torch.manual_seed(0)
 config = OPTConfig(hidden_size=16, word_embed_proj_dim=16, ffn_dim=128, num_hidden_layers=1, num_attention_heads=2,
                    vocab_size=40, max_position_embeddings=20)

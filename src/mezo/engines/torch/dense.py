@@ -22,6 +22,8 @@ from mezo.kernels import gpu
 # a small share of the model, which leaves memory as it is, but enough for one matrix product to fill it.
 _LINEAR_BLOCK = 1 << 21
 _LINEAR_BLOCK_GPU, _LINEAR_BLOCKS_GPU = (1 << 23, 1 << 27), 120  # least and most; of a model
+# Elements that a GPU forms at once under all of the probes that see them, if that is more than two blocks.
+_MOST_FORMED = 1 << 25
 _FEW = 2  # probes whose products a GPU makes one after the other
 _ALIGNED = 64  # outputs of a block: tensor cores want addresses that are
 
@@ -52,10 +54,16 @@ class Dense:
         y_PNO = x_PNI.new_empty(*x_PNI.shape[:2], num_out)
         for first in range(0, num_out, rows):
             stop = min(num_out, first + rows)
-            formed = self._formed(weight, first * num_in, stop * num_in)
             bias_PB = None if bias_PO is None else bias_PO[:, first:stop]
-            self._multiply(x_PNI, formed, bias_PB, y_PNO[:, :, first:stop])
+            for some in self._at_once(min(rows, num_out) * num_in):
+                formed = self._formed(weight, first * num_in, stop * num_in, some)
+                bias = None if bias_PB is None else bias_PB[some]
+                self._multiply(x_PNI[some], formed, bias, y_PNO[some][:, :, first:stop])
         return y_PNO
+
+    def _at_once(self, size: int) -> Sequence[slice]:
+        """Probes under which so many elements are formed at once."""
+        return [slice(0, self.num_probes)]
 
     def _multiply(
         self, x_PNI: Tensor, formed: Sequence[Tensor] | Tensor, bias_PO: Tensor | None, out_PNO: Tensor
@@ -83,21 +91,23 @@ class Dense:
 
     def whole(self, parameter: Tensor) -> Tensor:
         """See `Weights.whole`."""
-        return torch.stack(list(self._formed(parameter, 0, parameter.numel()))).view(self.num_probes, *parameter.shape)
+        formed = self._formed(parameter, 0, parameter.numel(), slice(0, self.num_probes))
+        return torch.stack(list(formed)).view(self.num_probes, *parameter.shape)
 
     def _read(self, parameter: Tensor) -> str:
         name = self._names[id(parameter)]
         self.read_names.add(name)
         return name
 
-    def _formed(self, parameter: Tensor, start: int, stop: int) -> Sequence[Tensor] | Tensor:
-        """Elements [start, stop) under each probe, in the parameter's type."""
+    def _formed(self, parameter: Tensor, start: int, stop: int, some: slice) -> Sequence[Tensor] | Tensor:
+        """Elements [start, stop) under each of some probes, in the parameter's type."""
         name = self._read(parameter)
         stream = philox.stream_id("direction", name)
         theta_N = parameter.detach().view(-1)[start:stop]
         formed: list[Tensor] = []
-        while len(formed) < self.num_probes:
-            (seed, scale), *rest = self.probes[len(formed) :]
+        probes = self.probes[some]
+        while len(formed) < len(probes):
+            (seed, scale), *rest = probes[len(formed) :]
             factor = scale * self.space.scale(name, seed)
             if rest and rest[0] == (seed, -scale):
                 formed += philox.add_normals_both(theta_N, factor, seed, stream, start)
@@ -116,7 +126,7 @@ class Keys(NamedTuple):
 
     seeds_P: Tensor
     factors_KP: Tensor  # of each parameter
-    scratch: Tensor  # memory for the largest block of a layer under all probes
+    scratch: Tensor  # memory for any block of a layer under the probes that see it at once
     small_PN: Tensor  # vectors under all probes
 
 
@@ -133,8 +143,8 @@ class ProbeKeys:
         self._device = device
         least, most = _LINEAR_BLOCK_GPU
         self.block = max(least, min(most, space.num_parameters() // _LINEAR_BLOCKS_GPU))
-        matrices = [p.shape for p in space.parameters.values() if p.ndim == 2]
-        self._largest = max((i * min(o, _rows_of_block(self.block, i)) for o, i in matrices), default=0)
+        self.most_formed = max(_MOST_FORMED, 2 * self.block)
+        self._matrices = {p.shape for p in space.parameters.values() if p.ndim == 2}
         self._dtypes = {p.dtype for p in space.parameters.values() if p.ndim == 2}
         vectors = {name: p for name, p in space.parameters.items() if p.ndim < 2}
         self._small_dtype = next((p.dtype for p in vectors.values()), torch.float32)
@@ -160,13 +170,19 @@ class ProbeKeys:
             return None
         return DeferredUpdate(self._space, blocks, num_records, weight_decay, self._device)
 
+    def at_once(self, size: int) -> int:
+        """Under how many probes so many elements are formed at once; both signs of a direction stay together."""
+        return max(2, self.most_formed // size // 2 * 2)
+
     def write(self, probes: Sequence[Probe]) -> Keys:
         """The keys of the probes; writes them unless they are those of the last call."""
         count = len(probes)
         if count not in self._kept:
             seeds_P = torch.empty(count, dtype=torch.int64, device=self._device)
             factors_KP = torch.empty(len(self._space.parameters), count, device=self._device)
-            num_bytes = count * self._largest * max((d.itemsize for d in self._dtypes), default=0)
+            sizes = [i * min(o, _rows_of_block(self.block, i)) for o, i in self._matrices]
+            elements = max((size * min(count, self.at_once(size)) for size in sizes), default=0)
+            num_bytes = elements * max((d.itemsize for d in self._dtypes), default=0)
             scratch = torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
             small_PN = torch.empty(count, self.small.size, dtype=self._small_dtype, device=self._device)
             self._kept[count] = Keys(seeds_P, factors_KP, scratch, small_PN)
@@ -217,13 +233,19 @@ class DenseOnGPU(Dense):
             gpu.perturb_many(self._of_probes.small, keys.small_PN, keys.seeds_P, keys.factors_KP, paired=self._paired)
         return self._keys.small_PN[:, place].view(self.num_probes, *parameter.shape)
 
-    def _formed(self, parameter: Tensor, start: int, stop: int) -> Sequence[Tensor] | Tensor:
-        """See `Dense._formed`; in the same memory each time, and with the update that is due."""
+    def _at_once(self, size: int) -> Sequence[slice]:
+        """See `Dense._at_once`."""
+        step = self._of_probes.at_once(size)
+        return [slice(first, min(first + step, self.num_probes)) for first in range(0, self.num_probes, step)]
+
+    def _formed(self, parameter: Tensor, start: int, stop: int, some: slice) -> Sequence[Tensor] | Tensor:
+        """See `Dense._formed`; in the same memory each time, the first of the probes with the update that is due."""
         block = Block(self._read(parameter), start, stop)
         self._of_probes.linear_blocks.add(block)
         deferred, scratch = self._of_probes.deferred, self._keys.scratch.view(parameter.dtype)
-        update = None if deferred is None or block in self.captured else deferred.due(block)
-        formed_PN = self._under_probes(parameter, start, stop, scratch, update)
+        is_taken = deferred is None or some.start > 0 or block in self.captured
+        update = None if is_taken or deferred is None else deferred.due(block)
+        formed_PN = self._under_probes(parameter, start, stop, scratch, update, some)
         if update is not None and deferred is not None:
             if is_capturing(parameter):
                 self.captured.add(block)
@@ -235,10 +257,10 @@ class DenseOnGPU(Dense):
         self, x_PNI: Tensor, formed: Sequence[Tensor] | Tensor, bias_PO: Tensor | None, out_PNO: Tensor
     ) -> None:
         """Many probes in one launch: products of a small model under nine probes are short ones."""
-        if self.num_probes <= _FEW or not isinstance(formed, Tensor) or not out_PNO.is_contiguous():
+        if len(formed) <= _FEW or not isinstance(formed, Tensor) or not out_PNO.is_contiguous():
             super()._multiply(x_PNI, formed, bias_PO, out_PNO)
             return
-        weight_PIO = formed.view(self.num_probes, -1, x_PNI.shape[2]).mT
+        weight_PIO = formed.view(len(formed), -1, x_PNI.shape[2]).mT
         if bias_PO is None:
             torch.bmm(x_PNI, weight_PIO, out=out_PNO)
         else:
@@ -255,11 +277,17 @@ class DenseOnGPU(Dense):
         return name
 
     def _under_probes(
-        self, parameter: Tensor, start: int, stop: int, out: Tensor | None, update: gpu.Update | None = None
+        self,
+        parameter: Tensor,
+        start: int,
+        stop: int,
+        out: Tensor | None,
+        update: gpu.Update | None = None,
+        some: slice = slice(None),
     ) -> Tensor:
         name = self._names[id(parameter)]
         theta_N = parameter.detach().view(-1)[start:stop]
-        seeds_P, factors_P = self._keys.seeds_P, self._keys.factors_KP[self._places[name]]
+        seeds_P, factors_P = self._keys.seeds_P[some], self._keys.factors_KP[self._places[name], some]
         stream = philox.stream_id("direction", name)
         return gpu.perturb(theta_N, start, seeds_P, factors_P, stream, paired=self._paired, out=out, update=update)
 

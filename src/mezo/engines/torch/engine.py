@@ -190,7 +190,9 @@ class TorchEngine:
         losses_PN = torch.empty(len(probes), len(examples))
         self.work.asked += len(probes) * sum(e.num_tokens for e in examples)
         first = 0
-        for some in self._together(probes):
+        part = examples[: self.train_batch_size]
+        most = self._costs.most_probes(sum(len(s.input_ids) for e in part for s in e.sequences))
+        for some in self._together(probes, most):
             for group_G in self._groups(examples, self.train_batch_size, len(some)):
                 part = [examples[n] for n in group_G]
                 for p, score in enumerate(self._fitting(part, some, greedy=False), first):
@@ -369,15 +371,20 @@ class TorchEngine:
         state = self.model.state_dict(keep_vars=True)
         return {key: folded[names[id(t)]] if id(t) in names else t.detach() for key, t in state.items()}
 
-    def _together(self, probes: Sequence[Probe]) -> list[Sequence[Probe]]:
-        """Which probes go through the model in one traversal: all, where its layers can tell their rows apart."""
+    def _together(self, probes: Sequence[Probe], most: float = math.inf) -> list[Sequence[Probe]]:
+        """Which probes go through the model in one traversal: up to `most`, where its layers can tell their rows apart.
+
+        Of whole copies as many as their memory holds.
+        """
         # A prefix is read by one embedding; the model behind it has no trained parameters.
         known = self._lora is not None or self._has_prefix
         known |= not isinstance(self.model, PeftModel) and self.model.config.model_type in BATCHED_MODELS
         if not known or not self._share:
             return [[probe] for probe in probes]
-        most = len(probes) if self._copies is None else _COPY_BYTES // (4 * self.space.num_parameters())
-        return [probes[first : first + most] for first in range(0, len(probes), most)]
+        if self._copies is not None:
+            most = _COPY_BYTES // (4 * self.space.num_parameters())
+        step = int(min(most, len(probes)))
+        return [probes[first : first + step] for first in range(0, len(probes), step)]
 
     def _perturbed(self, probes: Sequence[Probe]) -> AbstractContextManager[object]:
         """A context in which the model's rows see the trained parameters under the probes."""

@@ -54,8 +54,21 @@ class Costs:
         if not self.on_gpu or not self.together:
             return math.inf
         tokens = sum(rows for rows, _ in shapes) * max(longest for _, longest in shapes)
-        filling = max(FILLING_TOKENS, FILLING_FLOPS / self.token_flops)
-        return float(max(tokens, filling)) / num_probes
+        return float(max(tokens, self._filling)) / num_probes
+
+    def most_probes(self, tokens: int) -> float:
+        """Probes of so many tokens each that are evaluated together where each pass forms the weights anew: as many as
+        fill a GPU, a power of two; further ones would take memory and save nothing.
+
+        Where they read the same weights, passes are cut by rows instead; see `most_tokens`.
+        """
+        if not self.on_gpu or self.together:
+            return math.inf
+        return float(2 ** max(1, int(math.log2(max(1.0, self._filling / tokens)))))
+
+    @property
+    def _filling(self) -> float:
+        return max(FILLING_TOKENS, FILLING_FLOPS / self.token_flops)
 
     def step(self, shapes: Sequence[tuple[int, int]], most_tokens: float) -> int:
         """What numbers of examples of a pass are multiples of: passes that become graphs shall be of few shapes."""
