@@ -16,6 +16,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from unittest import mock
 
 import torch
 from provenance import provenance, write
@@ -31,6 +32,7 @@ from transformers import (
 
 from mezo import MeZOConfig, philox
 from mezo.adapter import add_adapter
+from mezo.engines.torch import passes
 from mezo.engines.torch.dense import ProbeKeys
 from mezo.engines.torch.engine import TorchEngine
 from mezo.engines.torch.graphs import Graphs, Shape, StaticInputs
@@ -214,6 +216,8 @@ def prefix_close() -> bool:
 def quantised_close(bits: int) -> bool:
     """The same for LoRA on weights in 4 bits, whose losses are those of the dequantised ones; in 8, where nothing is
     captured, those of two engines, which put other rows together."""
+    from bitsandbytes.functional import dequantize_4bit
+
     sizes = {"hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 3000}
     rows = [e for tokens in (9, 17, 30, 37) for e in rows_of(tokens)]
     with tempfile.TemporaryDirectory() as folder:
@@ -239,8 +243,6 @@ def quantised_close(bits: int) -> bool:
             print(f"two engines differ by {apart:.1e}, both signs by {signs:.1e}, a second pass by "
                   f"{float((first - again).abs().max()):.1e}")  # fmt: skip
             return torch.equal(first, again) and apart < signs / 10
-        from bitsandbytes.functional import dequantize_4bit
-
         dequantised = engine(plain_options, like=graphs.model.get_base_model())
         for epsilon in (1e-3, 1e-1):
             probes = TwoPoint(0, epsilon).probes(0)
@@ -266,14 +268,14 @@ def trajectories_close(graphs: TorchEngine, plain: TorchEngine, rows: list[Examp
     return captured > 0 and graphs.digest() == plain.digest()
 
 
-def deferred_equal(dtype: torch.dtype, queries: int = 1) -> bool:
+def deferred_equal(dtype: torch.dtype, queries: int = 1, *, large: bool = False) -> bool:
     """Updates that wait for the next pass, plain or captured, leave the bits of updates that don't, and the losses.
 
-    Several queries go with weight decay and with layers formed in blocks.
+    Several queries go with weight decay and with layers formed in blocks; those of a `large` model in several passes.
     """
     waiting, prompt = (engine_on("cuda", dtype, weight_decay=0.1 * (queries > 1)) for _ in range(2))
     estimator, rows = TwoPoint(0, 1e-2, queries), examples()
-    with waiting.deferring():
+    with mock.patch.object(passes, "LARGE_FLOPS", 0.0 if large else passes.LARGE_FLOPS), waiting.deferring():
         for step in range(14):
             batch, probes = rows[: (16, 9, 4)[step % 3]], estimator.probes(step)
             losses = []
@@ -462,7 +464,7 @@ def _shown(result: object) -> object:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", default=str(Path(tempfile.gettempdir()) / "gpu_check.csv"))
-    parser.add_argument("--only", default="", help="part of the checks' names")
+    parser.add_argument("--only", default="", help="part of the checks' names; the file holds these alone")
     options = parser.parse_args()
     path = Path(options.output)
     checks: dict[str, Callable[[], object]] = {"words equal": words_equal, "normals equal": normals_equal}
@@ -472,6 +474,9 @@ def main() -> int:
         if dtype != torch.float32:
             checks[f"deferred updates equal, {dtype}"] = functools.partial(deferred_equal, dtype)
             checks[f"deferred updates equal, 2 queries, {dtype}"] = functools.partial(deferred_equal, dtype, 2)
+            checks[f"deferred updates equal, 2 queries of a large model, {dtype}"] = functools.partial(
+                deferred_equal, dtype, 2, large=True
+            )
             checks[f"update and probes from one kernel equal, {dtype}"] = functools.partial(updated_probes_equal, dtype)
         checks[f"low rank: replay equal on GPU and CPU, {dtype}"] = functools.partial(replays, dtype, (2, 6))
         checks[f"update, GB/s, {dtype}"] = functools.partial(bandwidth, updated, dtype)

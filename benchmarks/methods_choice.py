@@ -2,16 +2,17 @@
 
     python benchmarks/methods_choice.py benchmarks/results/methods.csv [--write]
 
-Of all parameters, of all by low-rank directions, of upper layers, of LoRA, and of LoRA as far as SGLang's engine has
-it: among the methods whose last accuracy, the median of the seeds and the mean of the tasks, is within one point of the
-best one's, the one that comes soonest to the accuracy of plain MeZO at 2,000 steps of SST-2, in seconds as a ratio to
-plain MeZO's own, combined over the models by the geometric mean; if none gets there on both, the most accurate. Plain
-MeZO is that of the same kind, itself a candidate, and of low rank and upper layers that of all parameters, which is
-none, as first-order methods are none. The learning rate is the median of the tuned ones, the lower of two. Where a task
-was not measured, the others decide. RTE is left out, where no forward method leaves chance. (Until 2026-11-28 the rule
-looked at SST-2 alone, which had been measured by then, and took the smaller rate. Seconds of the other tasks are in the
-table since 2026-11-29 and decide nothing: with a miss on one of them as one everywhere, plain MeZO, which cannot miss
-its own accuracy, would be chosen over a method that is more accurate in the mean and quicker wherever it gets there.)
+Of all parameters, of all by low-rank directions alone, of upper layers, of LoRA, and of LoRA as far as
+SGLang's engine has it: among the methods whose last accuracy, the median of the seeds and the mean of the tasks, is
+within one point of the best one's, the one that comes soonest to the accuracy of plain MeZO at 2,000 steps of SST-2, in
+seconds as a ratio to plain MeZO's own, combined over the models by the geometric mean; if none gets there on both, the
+most accurate. Plain MeZO is that of the same kind, itself a candidate, and of low rank and upper layers that of all
+parameters, which is none, as first-order methods are none. The learning rate is the median of the tuned ones, the lower
+of two. Where a task was not measured, the others decide. RTE is left out, where no forward method leaves chance. (Until
+2026-11-28 the rule looked at SST-2 alone, which had been measured by then, and took the smaller rate. Seconds of the
+other tasks are in the table since 2026-11-29 and decide nothing: with a miss on one of them as one everywhere, plain
+MeZO, which cannot miss its own accuracy, would be chosen over a method that is more accurate in the mean and quicker
+wherever it gets there.)
 
 `--write` puts the choices into src/mezo/auto.yaml and the table of docs/methods.md; what was not measured stays there.
 """
@@ -114,7 +115,7 @@ def ratio(of: Finals, plain: Finals) -> float:
     at = [[float(row["accuracy"]) for row in curve if int(row["step"]) <= PLAIN_STEPS][-1] for curve in plain.curves]
     goal = statistics.median_low(at)  # of an even number of seeds one that was reached
     seconds = of.until(goal)[1] / plain.until(goal)[1]
-    return math.inf if math.isnan(seconds) else seconds
+    return math.inf if math.isinf(of.until(goal)[0]) else seconds
 
 
 def choice(methods: list[Judged]) -> Judged:

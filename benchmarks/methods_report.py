@@ -92,7 +92,7 @@ def finals(found: list[Row]) -> dict[str, dict[str, Finals]]:
 
 def _step_seconds(found: list[Row], task: str, method: str) -> float:
     timed = [row for row in found if (row["phase"], row["task"]) == ("time", task) and row["step"] != "0"]
-    runs = Counter((row["device"], row["commit"]) for row in timed)
+    runs = Counter(run for run, _ in {((r["device"], r["commit"]), r["method"]) for r in timed})
     ours, plain = (
         {(r["device"], r["commit"]): float(r["milliseconds_per_step"]) / 1e3 for r in timed if r["method"] == name}
         for name in (method, "mezo")
@@ -100,8 +100,9 @@ def _step_seconds(found: list[Row], task: str, method: str) -> float:
     beside = [run for run in plain or ours if run in ours]
     if not beside:
         return math.nan
-    scale = max(plain.items(), key=lambda of: runs[of[0]])[1] / plain[beside[-1]] if plain else 1.0
-    return scale * ours[beside[-1]]
+    reference = max(plain or ours, key=runs.__getitem__)
+    run = reference if reference in beside else beside[-1]
+    return ours[run] * (plain[reference] / plain[run] if plain else 1.0)
 
 
 def goal_of(methods: dict[str, Finals]) -> float:

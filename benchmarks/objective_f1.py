@@ -85,7 +85,7 @@ def make_start(options: argparse.Namespace, rows: list[dict[str, Any]], validati
     )  # fmt: skip
     trainer = build_trainer(config, rows, validation)
     engine: Any = trainer.engine
-    parameters = [p.requires_grad_() for p in engine.model.parameters() if p.requires_grad]
+    parameters = [p for p in engine.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=options.start_rate, weight_decay=0.0)
     steps = max(1, options.start_epochs * len(rows) // 16)
     order: list[int] = []
@@ -101,8 +101,10 @@ def make_start(options: argparse.Namespace, rows: list[dict[str, Any]], validati
             engine._changed()
             found, _ = mean_and_error(Answers.of(engine, trainer.eval_examples or [], 16).f1)
             print(f"start: step {step + 1} of {steps}, loss {loss.item():.3f}, F1 of validation rows {found:.4f}")
-    engine.model.save_pretrained(options.start)
-    engine.tokenizer.save_pretrained(options.start)
+    whole = options.start.with_name(f"{options.start.name}.part")
+    engine.model.save_pretrained(whole)
+    engine.tokenizer.save_pretrained(whole)
+    whole.rename(options.start)
 
 
 @dataclasses.dataclass
@@ -134,7 +136,7 @@ class Curve(TrainerCallback):
 
     def begin(self, engine: Engine, examples: list[Example]) -> None:
         self.engine, self.examples = engine, examples
-        self.first = Answers.of(engine, examples, self.max_new_tokens)
+        self.first: Answers | None = None
         self.measure(0)
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
@@ -144,12 +146,13 @@ class Curve(TrainerCallback):
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.seconds += time.perf_counter() - self.started
-        if state.global_step % self.every == 0:
+        if state.global_step % self.every == 0 or state.global_step == state.max_steps:
             self.measure(state.global_step)
             control.should_training_stop |= time.monotonic() > self.until
 
     def measure(self, step: int) -> None:
         answers = Answers.of(self.engine, self.examples, self.max_new_tokens)
+        self.first = self.first or answers
         found, error = mean_and_error(answers.f1)
         gain, gain_error = mean_and_error([a - b for a, b in zip(answers.f1, self.first.f1, strict=True)])
         loss = evaluate(self.engine, [dataclasses.replace(e, question=None) for e in self.examples]).loss
@@ -189,7 +192,7 @@ def run(setting: str, rate: float, seed: int, options: argparse.Namespace, rows:
     last = curve.points[-1]
     print(f"{setting:24} {rate:8.1e} batch {options.batch:4} seed {seed}: F1 {shown}; gain {last['gain']:+.4f} ± "
           f"{last['gain_error']:.4f}, loss {curve.points[0]['loss']:.3f} to {last['loss']:.3f}, "
-          f"{last['seconds'] / last['step']:.2f} s a step", flush=True)  # fmt: skip
+          f"{last['seconds'] / max(1, last['step']):.2f} s a step", flush=True)  # fmt: skip
 
 
 def main() -> None:

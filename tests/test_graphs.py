@@ -247,21 +247,25 @@ def test_probes_share_the_memory_of_one(model_folder, monkeypatch, kind):
         assert (found - plain.losses(batch, probes)).abs().max() < TOLERANCE
 
 
-def test_dense_probes_share_the_memory_of_two(model_folder, monkeypatch):
-    """Where each pass forms the weights probes are cut, not rows: two together on a filled GPU, else a power of two."""
-    engine, examples = engine_for(model_folder("opt"), "opt", {})
-    plain, _ = engine_for(model_folder("opt"), "opt", {})
+@pytest.mark.parametrize("values", [{}, LAST])
+def test_dense_probes_of_a_large_model_go_by_twos(model_folder, monkeypatch, values):
+    """Where each pass forms the weights; rows are grouped once for all of them, frozen layers computed once."""
+    engine, examples = engine_for(model_folder("opt"), "opt", values)
+    plain, _ = engine_for(model_folder("opt"), "opt", values)
     engine._graphs, batch, probes = Graphs(engine.model.device), examples[:4], OneSided(7, 0.05, 6).probes(0)
-    tokens = sum(e.num_tokens for e in batch)
-    seen, weights = [], engine._weights
+    engine._store._budget = 0
+    expected, seen, weights = plain.losses(batch, probes), [], engine._weights
     monkeypatch.setattr(engine, "_weights", lambda some: seen.append(len(some)) or weights(some))
-    monkeypatch.setattr("mezo.engines.torch.passes.FILLING_FLOPS", 0)
-    expected = plain.losses(batch, probes)
-    for filling, groups in ((0, {2, 1}), (5 * tokens, {4, 3}), (100 * tokens, {7})):
-        monkeypatch.setattr("mezo.engines.torch.passes.FILLING_TOKENS", filling)
+    computed = set()
+    for flops, groups in ((0.0, {2, 1}), (1e30, {7})):
+        monkeypatch.setattr("mezo.engines.torch.passes.LARGE_FLOPS", flops)
         seen.clear()
-        assert (engine.losses(batch, probes) - expected).abs().max() < TOLERANCE
+        engine.work.computed = 0
+        for _ in range(2):
+            assert (engine.losses(batch, probes) - expected).abs().max() < TOLERANCE
         assert set(seen) == groups
+        computed.add(engine.work.computed)
+    assert len(computed) == 1
 
 
 def test_copies_begin_where_products_read_them_fast(model_folder):

@@ -137,12 +137,13 @@ probes, ids = [*pair, Probe(5, 0.05), Probe(6, 0.05), Probe(7, 0.0)], torch.aran
 expected, sizes = Dense(space, probes), []
 with torch.no_grad(), PerturbedForward(expected):
     expected = model(ids).logits
-for keys in (ProbeKeys(space, torch.device("cpu")) for _ in range(2)):
+both = [ProbeKeys(space, torch.device("cpu")) for _ in range(2)]
+both[1].most_formed = 0  # a block under two probes after the other
+for keys in both:
     weights = DenseOnGPU(space, keys, probes)
     with torch.no_grad(), PerturbedForward(weights):
         assert (model(ids).logits - expected).abs().max() < 1e-5
     sizes.append(keys.write(probes).scratch.numel())
-    ProbeKeys.at_once = lambda self, size: 2  # for the second: a block under two probes after the other
 assert sizes[0] * 2 == sizes[1] * 5
 """)
 
@@ -400,13 +401,10 @@ assert not deferred._left
     )
 
 
-def test_deferred_updates_in_captured_passes():
-    """Graphs emulated by running the captured pass again: with a pass for each probe, one of them unperturbed, and
-    with unperturbed passes alone, losses and bits are those of passes that are never captured."""
-    interpreted("""
+# Graphs emulated by running the captured pass again.
+EMULATED = """
 import copy
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
-from mezo.engines.torch import deferred, dense, engine as engines
+from mezo.engines.torch import deferred, dense, engine as engines, passes
 from mezo.engines.torch.dense import ProbeKeys
 from mezo.engines.torch.graphs import Graphs
 from mezo.estimator import UNPERTURBED, OneSided, Record
@@ -439,6 +437,18 @@ class Emulated(Graphs):
                 self.engine._weights, capturing[0] = real, False
         kept.output = as_captured()
         kept.graph = type("Graph", (), {"replay": lambda graph: kept.output.copy_(as_captured())})()
+class Tokenizer:
+    pad_token_id = 1
+"""
+
+
+def test_deferred_updates_in_captured_passes():
+    """With a pass for each probe, one of them unperturbed, and with unperturbed passes alone: losses and bits are those
+    of passes that are never captured."""
+    interpreted(
+        EMULATED
+        + """
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 torch.manual_seed(0)
 config = GPTNeoXConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=40,
                        max_position_embeddings=32, initializer_range=0.3)
@@ -446,8 +456,6 @@ model = GPTNeoXForCausalLM(config).eval().requires_grad_(True).bfloat16()
 sequences = [TokenSequence((5 + n, 6, 7, 8, 2), (Target(3, 2, 0),)) for n in range(3)]
 examples = [Example((sequence,), None) for sequence in sequences]
 def engine_with(defers):
-    class Tokenizer:
-        pad_token_id = 1
     engine = engines.TorchEngine(copy.deepcopy(model), Tokenizer())
     engine._keys, engine._defers = ProbeKeys(engine.space, torch.device("cpu")), defers
     if defers:
@@ -473,4 +481,47 @@ for _ in range(3):
     both([UNPERTURBED])
 step(5)
 assert ours.digest() == plain.digest() and ours._graphs._captures
-""")
+"""
+    )
+
+
+def test_deferred_updates_of_a_large_model():
+    """Probes by twos, the last of them unperturbed, layers formed in blocks, rows of several lengths, weight decay."""
+    interpreted(
+        EMULATED
+        + """
+from transformers import OPTConfig, OPTForCausalLM
+passes.LARGE_FLOPS = 0.0
+dense._LINEAR_BLOCK_GPU, dense._MOST_FORMED = (64 * 16, 64 * 16), 0
+torch.manual_seed(0)
+config = OPTConfig(hidden_size=16, word_embed_proj_dim=16, ffn_dim=128, num_hidden_layers=1, num_attention_heads=2,
+                   vocab_size=40, max_position_embeddings=40, init_std=0.3)
+model = OPTForCausalLM(config).eval().requires_grad_(False).bfloat16()
+for name, parameter in model.named_parameters():
+    parameter.requires_grad_(bool({*name.split(".")} & {"v_proj", "fc1", "fc2", "final_layer_norm"}))
+def engine_with(defers):
+    engine = engines.TorchEngine(copy.deepcopy(model), Tokenizer(), weight_decay=0.1, train_batch_size=3)
+    engine._keys, engine._defers = ProbeKeys(engine.space, torch.device("cpu")), defers
+    if defers:
+        engine._graphs = Emulated(engine)
+    return engine
+ours, plain = engine_with(True), engine_with(False)
+rows = [[5 + n + i for i in range(4 + n % 3 * 4)] for n in range(6)]
+examples = [Example((TokenSequence((*r, 2), (Target(len(r) - 1, 2, 0),)),), None) for r in rows]
+estimator = OneSided(0, 1e-1, 3)
+assert [len(some) for some in ours._together(estimator.probes(0))] == [2, 2]
+assert [len(some) for some in plain._together(estimator.probes(0))] == [4]
+for number in range(6):
+    batch, probes = examples[: (3, 2, 5)[number % 3]], estimator.probes(number)
+    found, expected = (engine.losses(batch, probes) for engine in (ours, plain))
+    assert (found - expected).abs().max() < 0.05, (found, expected)
+    seeds = enumerate(probe.seed for probe in probes[:3])
+    records = [Record(number, seed, 0.0, 0.0, 0.5 + n, 2e-2, 1, len(batch), n, 3) for n, seed in seeds]
+    for engine in (ours, plain):
+        engine.update(records)
+    if number in (2, 4):
+        assert ours.digest() == plain.digest(), number
+assert ours._keys.deferred._left and any(kept.graph is not None for kept in ours._graphs._kept.values())
+assert ours.digest() == plain.digest()
+"""
+    )

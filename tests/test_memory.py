@@ -10,14 +10,13 @@ import torch
 from mezo import MeZOConfig, UserError, mezo_finetune
 from mezo.api import build_trainer
 from mezo.cli import main
-from mezo.engines.torch import engine as engine_module
 from mezo.engines.torch import passes
 from mezo.engines.torch.engine import TorchEngine
 from mezo.engines.torch.graphs import Graphs, Shape
 from mezo.engines.torch.low_rank import LowRank
 from mezo.engines.torch.passes import length_groups
 from mezo.errors import EngineError
-from mezo.estimator import Probe, Record
+from mezo.estimator import Probe, Record, TwoPoint
 from tests.conftest import SENTIMENT_ROWS
 from tests.test_graphs import as_on_gpu
 
@@ -65,6 +64,20 @@ def test_losses_do_not_depend_on_memory(model_folder, options, run_out):
     scores = [t.engine.score(t.train_examples) for t in (roomy, tight)]
     assert (scores[0].logprobs_T - scores[1].logprobs_T).abs().max() < 1e-5
     assert torch.equal(scores[0].greedy_T, scores[1].greedy_T)
+
+
+def test_what_did_not_fit_counts_all_probes(model_folder):
+    """Four probes that found no memory leave one probe four times as many rows as each of them."""
+    trainer = build_trainer(MeZOConfig(model_name_or_path=model_folder("llama"), **PROMPT), SENTIMENT_ROWS[:20])
+    engine, examples = trainer.engine, trainer.train_examples
+    seen = small_memory(engine.model, 300)
+    engine.losses(examples, TwoPoint(7, 0.05, 2).probes(0))
+    assert max(seen) > 300 and engine._most_tokens <= max(seen) / 2
+    most = [
+        max(sum(len(examples[n].sequences) for n in group) for group in engine._groups(examples, 64, probes))
+        for probes in (4, 1)
+    ]
+    assert 2 * most[0] < most[1]
 
 
 def test_probes_one_by_one_and_then_an_error(model_folder):
@@ -143,7 +156,7 @@ def test_an_evaluation_takes_the_memory_of_captured_passes(model_folder, monkeyp
     trainer = build_trainer(MeZOConfig(model_name_or_path=model_folder("opt"), **PROMPT), SENTIMENT_ROWS[:8])
     engine, examples = with_graphs(trainer.engine, monkeypatch), trainer.train_examples
     expected = engine.score(examples)
-    monkeypatch.setattr(engine_module, "_LARGE_FLOPS", 0.0 if is_large else math.inf)
+    monkeypatch.setattr(passes, "LARGE_FLOPS", 0.0 if is_large else math.inf)
     engine._graphs.inputs(Shape.of(2, True, True, 4, 8, 0, 4, 4, False))
     ran_out = []
 

@@ -67,7 +67,9 @@ def entry_of(values: Mapping[str, object]) -> Entry:
         return entries()["sglang lora" if sglang else "lora"]
     if values.get("trainable_layers") is not None:
         return entries()["upper layers"]
-    return entries()["low rank" if values.get("direction") == "low_rank" else "full"]
+    table = entries()
+    other = values.get("direction") == "low_rank" != table["full"].options["direction"]
+    return table["low rank" if other else "full"]
 
 
 def resolved(named: Mapping[str, object]) -> dict[str, object]:

@@ -54,16 +54,17 @@ class Dense:
         y_PNO = x_PNI.new_empty(*x_PNI.shape[:2], num_out)
         for first in range(0, num_out, rows):
             stop = min(num_out, first + rows)
-            bias_PB = None if bias_PO is None else bias_PO[:, first:stop]
-            for some in self._at_once(min(rows, num_out) * num_in):
+            step = self._at_once(min(rows, num_out) * num_in)
+            for probe in range(0, self.num_probes, step):
+                some = slice(probe, probe + step)
                 formed = self._formed(weight, first * num_in, stop * num_in, some)
-                bias = None if bias_PB is None else bias_PB[some]
-                self._multiply(x_PNI[some], formed, bias, y_PNO[some][:, :, first:stop])
+                bias_PB = None if bias_PO is None else bias_PO[some, first:stop]
+                self._multiply(x_PNI[some], formed, bias_PB, y_PNO[some, :, first:stop])
         return y_PNO
 
-    def _at_once(self, size: int) -> Sequence[slice]:
-        """Probes under which so many elements are formed at once."""
-        return [slice(0, self.num_probes)]
+    def _at_once(self, size: int) -> int:
+        """Under how many probes so many elements are formed at once."""
+        return self.num_probes
 
     def _multiply(
         self, x_PNI: Tensor, formed: Sequence[Tensor] | Tensor, bias_PO: Tensor | None, out_PNO: Tensor
@@ -233,18 +234,17 @@ class DenseOnGPU(Dense):
             gpu.perturb_many(self._of_probes.small, keys.small_PN, keys.seeds_P, keys.factors_KP, paired=self._paired)
         return self._keys.small_PN[:, place].view(self.num_probes, *parameter.shape)
 
-    def _at_once(self, size: int) -> Sequence[slice]:
+    def _at_once(self, size: int) -> int:
         """See `Dense._at_once`."""
-        step = self._of_probes.at_once(size)
-        return [slice(first, min(first + step, self.num_probes)) for first in range(0, self.num_probes, step)]
+        return self._of_probes.at_once(size)
 
     def _formed(self, parameter: Tensor, start: int, stop: int, some: slice) -> Sequence[Tensor] | Tensor:
         """See `Dense._formed`; in the same memory each time, the first of the probes with the update that is due."""
         block = Block(self._read(parameter), start, stop)
         self._of_probes.linear_blocks.add(block)
         deferred, scratch = self._of_probes.deferred, self._keys.scratch.view(parameter.dtype)
-        is_taken = deferred is None or some.start > 0 or block in self.captured
-        update = None if is_taken or deferred is None else deferred.due(block)
+        is_first = some.start == 0 and block not in self.captured
+        update = deferred.due(block) if deferred is not None and is_first else None
         formed_PN = self._under_probes(parameter, start, stop, scratch, update, some)
         if update is not None and deferred is not None:
             if is_capturing(parameter):

@@ -12,7 +12,7 @@ import gc
 import inspect
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -64,8 +64,6 @@ _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 _COPY_BYTES = 5 << 28  # memory of a GPU for whole copies of a small model's parameters
-# Of a token in a large model: memory is worth more than the time to capture passes anew after an evaluation.
-_LARGE_FLOPS = 2e9
 
 
 def _making_room(method: Callable[Concatenate[TorchEngine, _P], _T]) -> Callable[Concatenate[TorchEngine, _P], _T]:
@@ -132,7 +130,8 @@ class TorchEngine:
         self._defers = False  # updates may wait for the next pass
         self._beginning: Beginning | None = None  # of the pass before, under the present weights
         self._common: tuple[int, ...] = ()  # what all rows of a call begin with, if it takes several passes
-        self._most_tokens: float = math.inf  # rows × longest row that fit into memory in one pass, as far as known
+        self._most_tokens: float = math.inf  # probes × rows × longest row that fit into memory, as far as known
+        self._frozen_once: dict[Hashable, Tensor] | None = None  # what frozen layers hand on, for all probes of a call
         self._share = share
         self._store = TensorStore(store_bytes if share else 0, store_device or model.device)
         self.work = Work()
@@ -189,22 +188,22 @@ class TorchEngine:
         self._beginning = None
         losses_PN = torch.empty(len(probes), len(examples))
         self.work.asked += len(probes) * sum(e.num_tokens for e in examples)
-        first = 0
-        part = examples[: self.train_batch_size]
-        most = self._costs.most_probes(sum(len(s.input_ids) for e in part for s in e.sequences))
-        for some in self._together(probes, most):
-            for group_G in self._groups(examples, self.train_batch_size, len(some)):
+        first, together = 0, self._together(probes)
+        groups = self._groups(examples, self.train_batch_size, max(map(len, together), default=1))
+        self._frozen_once = {} if len(together) > 1 else None
+        for some in together:
+            for group_G in groups:
                 part = [examples[n] for n in group_G]
                 for p, score in enumerate(self._fitting(part, some, greedy=False), first):
                     losses_PN[p, group_G] = loss(part, score.logprobs_T)
             first += len(some)
-        self._beginning = None
+        self._beginning = self._frozen_once = None
         return losses_PN
 
     def score(self, examples: Sequence[Example]) -> TargetScores:
         """See `Engine.score`."""
-        if self._graphs is not None and self._token_flops > _LARGE_FLOPS:
-            self._graphs.clear()
+        if self._graphs is not None and self._costs.is_large:
+            self._graphs.clear()  # it is captured anew after the evaluation
         return self._scored(examples)
 
     @torch.no_grad()
@@ -371,19 +370,16 @@ class TorchEngine:
         state = self.model.state_dict(keep_vars=True)
         return {key: folded[names[id(t)]] if id(t) in names else t.detach() for key, t in state.items()}
 
-    def _together(self, probes: Sequence[Probe], most: float = math.inf) -> list[Sequence[Probe]]:
-        """Which probes go through the model in one traversal: up to `most`, where its layers can tell their rows apart.
-
-        Of whole copies as many as their memory holds.
-        """
+    def _together(self, probes: Sequence[Probe]) -> list[Sequence[Probe]]:
+        """Which probes go through the model in one traversal: where its layers can tell their rows apart all, but no
+        more than there is memory for."""
         # A prefix is read by one embedding; the model behind it has no trained parameters.
         known = self._lora is not None or self._has_prefix
         known |= not isinstance(self.model, PeftModel) and self.model.config.model_type in BATCHED_MODELS
         if not known or not self._share:
             return [[probe] for probe in probes]
-        if self._copies is not None:
-            most = _COPY_BYTES // (4 * self.space.num_parameters())
-        step = int(min(most, len(probes)))
+        copies = math.inf if self._copies is None else _COPY_BYTES // (4 * self.space.num_parameters())
+        step = int(min(copies, self._costs.most_probes, max(1, len(probes))))
         return [probes[first : first + step] for first in range(0, len(probes), step)]
 
     def _perturbed(self, probes: Sequence[Probe]) -> AbstractContextManager[object]:
@@ -418,7 +414,7 @@ class TorchEngine:
         for first in range(0, len(examples), batch_size):
             part = examples[first : first + batch_size]
             shapes = [(len(e.sequences), max(len(s.input_ids) - s.adapter_start for s in e.sequences)) for e in part]
-            most_tokens = min(self._most_tokens, costs.most_tokens(num_probes, shapes))
+            most_tokens = min(self._most_tokens / num_probes, costs.most_tokens(num_probes, shapes))
             beginnings.append(self._common_beginning(part))
             parts = length_groups(
                 shapes,
@@ -466,7 +462,7 @@ class TorchEngine:
             token_flops=self._token_flops,
             on_gpu=self._graphs is not None,
             is_float32=self.model.dtype == torch.float32,
-            together=not self._forms_weights or self._has_prefix,
+            forms_weights=self._forms_weights and not self._has_prefix,
             vocab_size=None if classifies(self._transformer) else config.vocab_size,
         )
 
@@ -493,7 +489,7 @@ class TorchEngine:
             self._common = self._common or self._common_beginning(examples)
             rows = sum(len(e.sequences) for e in examples)
             longest = max(len(s.input_ids) - s.adapter_start for e in examples for s in e.sequences)
-            self._most_tokens = min(self._most_tokens, rows * longest / 2)
+            self._most_tokens = min(self._most_tokens, len(probes) * rows * longest / 2)
             logger.warning("%d rows of up to %d tokens do not fit into memory; going on in halves", rows, longest)
             parts = [self._fitting(part, probes, greedy=greedy) for part in (examples[:half], examples[half:])]
             return [TargetScores(*map(torch.cat, zip(*both, strict=True))) for both in zip(*parts, strict=True)]
@@ -735,7 +731,8 @@ class TorchEngine:
             )
             for e in examples
         ]
-        found = {key: kept for key in set(keys) if (kept := self._store.get(key)) is not None}
+        once = self._frozen_once or {}
+        found = {k: kept for k in set(keys) if (kept := once.get(k, self._store.get(k))) is not None}
         missing = {key: n for n, key in enumerate(keys) if key not in found}
         if missing:
             computed = iter(self._frozen_rows(frozen, [examples[n] for n in missing.values()]))
@@ -743,6 +740,8 @@ class TorchEngine:
                 rows = [next(computed) for _ in ids]
                 found[start, ids] = torch.cat((rows[0][:start], *(row_SD[start:] for row_SD in rows)))
                 self._store.put((start, ids), found[start, ids])
+                if self._frozen_once is not None:
+                    self._frozen_once[start, ids] = found[start, ids]
         rows = []
         for start, ids in keys:
             kept = found[start, ids].to(self.model.device)

@@ -11,6 +11,9 @@ STATIC_FLOPS = 2e14
 # A pass of as many tokens and floating-point operations fills a GPU; more of both at once are no faster.
 FILLING_TOKENS, FILLING_FLOPS = 4096, 5e12
 MOST_LOGITS = 1 << 29  # of a pass, where losses read many positions
+# Of a token in a large model, where memory is worth more than time: that of several probes' activations, and that of
+# captured passes beside an evaluation.
+LARGE_FLOPS = 2e9
 # A pass is not shorter than about a millisecond, in which a GPU does as many floating-point operations.
 LAUNCH_FLOPS, LAUNCH_FLOPS_FLOAT32 = 5e11, 5e10
 
@@ -24,7 +27,7 @@ class Costs:
         token_flops: floating-point operations of a token.
         on_gpu: whether kernels are launched, and small passes become CUDA graphs.
         is_float32: whether the model is.
-        together: whether several probes go through the model at once, with its weights read once.
+        forms_weights: whether the weights under a probe are formed anew in each pass.
         vocab_size: logits of each position that is read; None where a head gives classes.
     """
 
@@ -32,7 +35,7 @@ class Costs:
     token_flops: float
     on_gpu: bool
     is_float32: bool
-    together: bool
+    forms_weights: bool
     vocab_size: int | None
 
     def of_pass(self, num_probes: int) -> int:
@@ -51,24 +54,25 @@ class Costs:
 
         Not where the model's weights are formed anew in each pass.
         """
-        if not self.on_gpu or not self.together:
+        if not self.on_gpu or self.forms_weights:
             return math.inf
         tokens = sum(rows for rows, _ in shapes) * max(longest for _, longest in shapes)
-        return float(max(tokens, self._filling)) / num_probes
-
-    def most_probes(self, tokens: int) -> float:
-        """Probes of so many tokens each that are evaluated together where each pass forms the weights anew: as many as
-        fill a GPU, a power of two; further ones would take memory and save nothing.
-
-        Where they read the same weights, passes are cut by rows instead; see `most_tokens`.
-        """
-        if not self.on_gpu or self.together:
-            return math.inf
-        return float(2 ** max(1, int(math.log2(max(1.0, self._filling / tokens)))))
+        filling = max(FILLING_TOKENS, FILLING_FLOPS / self.token_flops)
+        return float(max(tokens, filling)) / num_probes
 
     @property
-    def _filling(self) -> float:
-        return max(FILLING_TOKENS, FILLING_FLOPS / self.token_flops)
+    def is_large(self) -> bool:
+        """Whether memory is worth more than time."""
+        return self.on_gpu and self.token_flops > LARGE_FLOPS
+
+    @property
+    def most_probes(self) -> float:
+        """Probes that go through the model together: of a large one whose weights are formed anew in each pass two,
+        the signs of a direction. Further ones would save one reading of the weights and take activations of their own.
+
+        Where probes read the same weights, passes are cut by rows instead; see `most_tokens`.
+        """
+        return 2 if self.is_large and self.forms_weights else math.inf
 
     def step(self, shapes: Sequence[tuple[int, int]], most_tokens: float) -> int:
         """What numbers of examples of a pass are multiples of: passes that become graphs shall be of few shapes."""
