@@ -494,11 +494,11 @@ from transformers import OPTConfig, OPTForCausalLM
 passes.LARGE_FLOPS = 0.0
 dense._LINEAR_BLOCK_GPU, dense._MOST_FORMED = (64 * 16, 64 * 16), 0
 torch.manual_seed(0)
-config = OPTConfig(hidden_size=16, word_embed_proj_dim=16, ffn_dim=128, num_hidden_layers=1, num_attention_heads=2,
+config = OPTConfig(hidden_size=16, word_embed_proj_dim=16, ffn_dim=96, num_hidden_layers=1, num_attention_heads=2,
                    vocab_size=40, max_position_embeddings=40, init_std=0.3)
 model = OPTForCausalLM(config).eval().requires_grad_(False).bfloat16()
 for name, parameter in model.named_parameters():
-    parameter.requires_grad_(bool({*name.split(".")} & {"v_proj", "fc1", "fc2", "final_layer_norm"}))
+    parameter.requires_grad_(bool({*name.split(".")} & {"fc1", "final_layer_norm"}))
 def engine_with(defers):
     engine = engines.TorchEngine(copy.deepcopy(model), Tokenizer(), weight_decay=0.1, train_batch_size=3)
     engine._keys, engine._defers = ProbeKeys(engine.space, torch.device("cpu")), defers
@@ -506,20 +506,20 @@ def engine_with(defers):
         engine._graphs = Emulated(engine)
     return engine
 ours, plain = engine_with(True), engine_with(False)
-rows = [[5 + n + i for i in range(4 + n % 3 * 4)] for n in range(6)]
+rows = [[5 + n + i for i in range(4 + n % 3 * 4)] for n in range(4)]
 examples = [Example((TokenSequence((*r, 2), (Target(len(r) - 1, 2, 0),)),), None) for r in rows]
 estimator = OneSided(0, 1e-1, 3)
 assert [len(some) for some in ours._together(estimator.probes(0))] == [2, 2]
 assert [len(some) for some in plain._together(estimator.probes(0))] == [4]
-for number in range(6):
-    batch, probes = examples[: (3, 2, 5)[number % 3]], estimator.probes(number)
+for number in range(5):
+    batch, probes = examples[: (3, 2)[number % 2]], estimator.probes(number)
     found, expected = (engine.losses(batch, probes) for engine in (ours, plain))
     assert (found - expected).abs().max() < 0.05, (found, expected)
     seeds = enumerate(probe.seed for probe in probes[:3])
     records = [Record(number, seed, 0.0, 0.0, 0.5 + n, 2e-2, 1, len(batch), n, 3) for n, seed in seeds]
     for engine in (ours, plain):
         engine.update(records)
-    if number in (2, 4):
+    if number == 2:
         assert ours.digest() == plain.digest(), number
 assert ours._keys.deferred._left and any(kept.graph is not None for kept in ours._graphs._kept.values())
 assert ours.digest() == plain.digest()
