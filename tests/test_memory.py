@@ -80,6 +80,20 @@ def test_what_did_not_fit_counts_all_probes(model_folder):
     assert 2 * most[0] < most[1]
 
 
+def test_memory_runs_out_once_for_all_probes_of_a_step(model_folder):
+    """Where probes go one by one: what the first could not hold the others do not try."""
+    config = MeZOConfig(model_name_or_path=model_folder("llama"), enable_kv_cache_optimization=False, **PROMPT)
+    trainer = build_trainer(config, SENTIMENT_ROWS[:20])
+    expected = trainer.engine.losses(trainer.train_examples, PROBES)
+    ran_out = []
+    small_memory(trainer.engine.model, 200, lambda: ran_out.append(1) or on_gpu())
+    assert (trainer.engine.losses(trainer.train_examples, PROBES) - expected).abs().max() < 1e-5
+    seen = len(ran_out)
+    trainer.engine._most_tokens = math.inf
+    trainer.engine.losses(trainer.train_examples, PROBES[:1])
+    assert seen == len(ran_out) - seen > 0
+
+
 def test_probes_one_by_one_and_then_an_error(model_folder):
     trainer = build_trainer(MeZOConfig(model_name_or_path=model_folder("llama"), **PROMPT), SENTIMENT_ROWS[:1])
     (example,) = trainer.train_examples

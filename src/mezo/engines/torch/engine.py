@@ -189,9 +189,11 @@ class TorchEngine:
         losses_PN = torch.empty(len(probes), len(examples))
         self.work.asked += len(probes) * sum(e.num_tokens for e in examples)
         first, together = 0, self._together(probes)
-        groups = self._groups(examples, self.train_batch_size, max(map(len, together), default=1))
+        most, groups, fitted = max(map(len, together), default=1), list[list[int]](), -1.0
         self._frozen_once = {} if len(together) > 1 else None
         for some in together:
+            if fitted != self._most_tokens:  # at first, and after memory ran out
+                fitted, groups = self._most_tokens, self._groups(examples, self.train_batch_size, most)
             for group_G in groups:
                 part = [examples[n] for n in group_G]
                 for p, score in enumerate(self._fitting(part, some, greedy=False), first):
