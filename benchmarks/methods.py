@@ -36,6 +36,7 @@ import tempfile
 import threading
 import time
 import warnings
+from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any
@@ -194,28 +195,36 @@ def run(job: Job, options: argparse.Namespace) -> Rows:
 
 
 def fine_tune(curve: Curve, engine: Any, examples: list[Example], job: Job, steps: int) -> bool:
-    """AdamW in batches of 16, the rate falling to 0; the loss is the engine's, with its gradient. Whether it held."""
-    order: list[int] = []
-    parameters = [p.requires_grad_() for p in engine.model.parameters() if p.requires_grad]
+    """AdamW; the loss is the engine's, with its gradient. Whether it held."""
     expected = batch_loss(examples[:4], engine.losses(examples[:4], [UNPERTURBED])[0])
     assert abs(differentiable_loss(engine, examples[:4]).item() - expected) < 1e-4
-    optimizer = torch.optim.AdamW(parameters, lr=job.learning_rate, weight_decay=0.0)
-    for step in range(steps):
+    curve.started = time.perf_counter()
+    for step, loss in enumerate(adamw_steps(engine, examples, job.learning_rate, job.seed, steps)):
+        if not math.isfinite(loss) or not curve.step_ended(step + 1):
+            return False
         curve.started = time.perf_counter()
+    return True
+
+
+def adamw_steps(engine: Any, examples: list[Example], learning_rate: float, seed: int, steps: int) -> Iterator[float]:
+    """The loss of each step of AdamW in batches of 16, the rate falling to 0; one that is not finite is the last."""
+    order: list[int] = []
+    parameters = [p for p in engine.model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
+    for step in range(steps):
         if len(order) < 16:
-            order = permutation(len(examples), 1000 * job.seed + step)
+            order = permutation(len(examples), 1000 * seed + step)
         batch = [examples[order.pop()] for _ in range(min(16, len(order)))]
-        optimizer.param_groups[0]["lr"] = job.learning_rate * (1 - step / steps)
+        optimizer.param_groups[0]["lr"] = learning_rate * (1 - step / steps)
         loss = differentiable_loss(engine, batch)
         if not math.isfinite(loss.item()):
-            return False
+            yield loss.item()
+            return
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         engine._changed()
-        if not curve.step_ended(step + 1):
-            return False
-    return True
+        yield loss.item()
 
 
 def differentiable_loss(engine: Any, examples: list[Example]) -> torch.Tensor:

@@ -27,19 +27,17 @@ from typing import Any
 import plain_rows  # noqa: F401  before mezo: stands in for a package that may be missing
 import torch
 import yaml
-from methods import differentiable_loss
+from methods import adamw_steps
 from methods_schedule import append
 from provenance import provenance
 from transformers import TrainerCallback
 from transformers.utils.logging import disable_progress_bar
 
 from mezo.api import build_trainer
-from mezo.blackbox import END_OF_ANSWER
 from mezo.config import MeZOConfig
 from mezo.data import permutation
 from mezo.engines.base import Engine
-from mezo.estimator import UNPERTURBED
-from mezo.evaluation import evaluate
+from mezo.evaluation import answered, evaluate
 from mezo.metrics import exact_match, f1
 from mezo.objective import Example
 
@@ -85,22 +83,11 @@ def make_start(options: argparse.Namespace, rows: list[dict[str, Any]], validati
     )  # fmt: skip
     trainer = build_trainer(config, rows, validation)
     engine: Any = trainer.engine
-    parameters = [p for p in engine.model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=options.start_rate, weight_decay=0.0)
     steps = max(1, options.start_epochs * len(rows) // 16)
-    order: list[int] = []
-    for step in range(steps):
-        if len(order) < 16:
-            order = permutation(len(rows), step)
-        optimizer.param_groups[0]["lr"] = options.start_rate * (1 - step / steps)
-        loss = differentiable_loss(engine, [trainer.train_examples[order.pop()] for _ in range(min(16, len(order)))])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    for step, loss in enumerate(adamw_steps(engine, trainer.train_examples, options.start_rate, 0, steps)):
         if step % max(1, steps // 5) == 0 or step + 1 == steps:
-            engine._changed()
             found, _ = mean_and_error(Answers.of(engine, trainer.eval_examples or [], 16).f1)
-            print(f"start: step {step + 1} of {steps}, loss {loss.item():.3f}, F1 of validation rows {found:.4f}")
+            print(f"start: step {step + 1} of {steps}, loss {loss:.3f}, F1 of validation rows {found:.4f}")
     whole = options.start.with_name(f"{options.start.name}.part")
     engine.model.save_pretrained(whole)
     engine.tokenizer.save_pretrained(whole)
@@ -117,8 +104,7 @@ class Answers:
     @classmethod
     def of(cls, engine: Engine, examples: list[Example], max_new_tokens: int) -> "Answers":
         questions = [e.question for e in examples if e.question is not None]
-        (texts,) = engine.generate([q.prompt for q in questions], [UNPERTURBED], max_new_tokens, END_OF_ANSWER)
-        pairs = [(text.strip(), q.answers) for text, q in zip(texts, questions, strict=True)]
+        pairs = answered(engine, questions, max_new_tokens)
         return cls([f1(*pair) for pair in pairs], [float(exact_match(*pair)) for pair in pairs])
 
 

@@ -9,7 +9,7 @@ from mezo.blackbox import END_OF_ANSWER, Rewards
 from mezo.engines.base import Engine
 from mezo.estimator import UNPERTURBED
 from mezo.metrics import exact_match, f1
-from mezo.objective import Example, batch_loss, correct, example_losses
+from mezo.objective import Example, Question, batch_loss, correct, example_losses
 
 
 class Metrics(NamedTuple):
@@ -51,12 +51,17 @@ def evaluate(
     questions = [e.question for e in examples if e.question is not None]
     if not questions:
         return metrics
-    (found,) = engine.generate([q.prompt for q in questions], [UNPERTURBED], max_new_tokens, END_OF_ANSWER)
-    pairs = [(text.strip(), q.answers) for text, q in zip(found, questions, strict=True)]
+    pairs = answered(engine, questions, max_new_tokens)
     return metrics._replace(
         f1=sum(f1(*pair) for pair in pairs) / len(pairs),
         exact_match=sum(exact_match(*pair) for pair in pairs) / len(pairs),
     )
+
+
+def answered(engine: Engine, questions: Sequence[Question], max_new_tokens: int) -> list[tuple[str, tuple[str, ...]]]:
+    """For each question the answer that the unperturbed model generates, beside the right ones."""
+    (found,) = engine.generate([q.prompt for q in questions], [UNPERTURBED], max_new_tokens, END_OF_ANSWER)
+    return [(text.strip(), q.answers) for text, q in zip(found, questions, strict=True)]
 
 
 def _rewarded(engine: Engine, examples: Sequence[Example], max_new_tokens: int, rewards: Rewards) -> Metrics:

@@ -50,11 +50,11 @@ class Dense:
             assert bias_PO is not None
             return torch.stack([torch.addmm(*arguments) for arguments in zip(bias_PO, x_PNI, weights_PIO, strict=True)])
         num_out, num_in = weight.shape
-        rows = _rows_of_block(self._block, num_in)
+        rows = _rows_of_block(self._block, num_out, num_in)
         y_PNO = x_PNI.new_empty(*x_PNI.shape[:2], num_out)
         for first in range(0, num_out, rows):
             stop = min(num_out, first + rows)
-            step = self._at_once(min(rows, num_out) * num_in)
+            step = self._at_once(rows * num_in)
             for probe in range(0, self.num_probes, step):
                 some = slice(probe, probe + step)
                 formed = self._formed(weight, first * num_in, stop * num_in, some)
@@ -117,9 +117,9 @@ class Dense:
         return [formed_N.to(parameter.dtype) for formed_N in formed]
 
 
-def _rows_of_block(block: int, num_in: int) -> int:
+def _rows_of_block(block: int, num_out: int, num_in: int) -> int:
     """Outputs of a linear layer that are formed at once."""
-    return max(_ALIGNED, block // num_in // _ALIGNED * _ALIGNED)
+    return min(num_out, max(_ALIGNED, block // num_in // _ALIGNED * _ALIGNED))
 
 
 class Keys(NamedTuple):
@@ -181,7 +181,7 @@ class ProbeKeys:
         if count not in self._kept:
             seeds_P = torch.empty(count, dtype=torch.int64, device=self._device)
             factors_KP = torch.empty(len(self._space.parameters), count, device=self._device)
-            sizes = [i * min(o, _rows_of_block(self.block, i)) for o, i in self._matrices]
+            sizes = [_rows_of_block(self.block, o, i) * i for o, i in self._matrices]
             elements = max((size * min(count, self.at_once(size)) for size in sizes), default=0)
             num_bytes = elements * max((d.itemsize for d in self._dtypes), default=0)
             scratch = torch.empty(num_bytes, dtype=torch.uint8, device=self._device)

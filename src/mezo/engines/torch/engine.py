@@ -166,6 +166,8 @@ class TorchEngine:
         by_outliers = getattr(self._transformer, "is_loaded_in_8bit", False)  # which every pass looks for
         self._graphs = Graphs(model.device, captures=not by_outliers) if on_gpu else None
         self._token_flops = 2 * num_weights(model)
+        self._vocab_size = None if classifies(self._transformer) else text.vocab_size
+        self._is_float32 = model.dtype == torch.float32
 
     @property
     def model(self) -> PreTrainedModel | PeftModel:
@@ -458,14 +460,13 @@ class TorchEngine:
     @property
     def _costs(self) -> Costs:
         """What decides how batches are cut, as the engine is now."""
-        config = self._transformer.config.get_text_config()
         return Costs(
             own=100 if isinstance(self.model, PeftModel) else 500,
             token_flops=self._token_flops,
             on_gpu=self._graphs is not None,
-            is_float32=self.model.dtype == torch.float32,
+            is_float32=self._is_float32,
             forms_weights=self._forms_weights and not self._has_prefix,
-            vocab_size=None if classifies(self._transformer) else config.vocab_size,
+            vocab_size=self._vocab_size,
         )
 
     def _cost_of_pass(self, num_probes: int) -> int:
