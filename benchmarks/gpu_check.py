@@ -1,6 +1,6 @@
 """Is the torch engine on a GPU the one on the CPU? Checks and prints PASS or FAIL; no model hub, no files.
 
-    python benchmarks/gpu_check.py [--output FILE.csv] [--only "part of a name"]
+    python benchmarks/gpu_check.py [--output FILE.csv] [--parts checks bandwidth] [--only "part of a name"]
 
 z, probes in scratch and updates must be bit-equal to the CPU's. Losses of a random BERT differ by the order of float32
 sums, captured passes from plain ones too; a short run on the GPU must replay to the same bits from its journal.
@@ -456,6 +456,8 @@ PER_TYPE: dict[str, Callable[[torch.dtype], bool]] = {
     "replay equal on GPU and CPU": replays,
 }
 
+PARTS = ("checks", "bandwidth")
+
 
 def _shown(result: object) -> object:
     return ("PASS" if result else "FAIL") if isinstance(result, bool) else result
@@ -464,6 +466,7 @@ def _shown(result: object) -> object:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", default=str(Path(tempfile.gettempdir()) / "gpu_check.csv"))
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="right or wrong, and GB/s")
     parser.add_argument("--only", default="", help="part of the checks' names; the file holds these alone")
     options = parser.parse_args()
     path = Path(options.output)
@@ -506,7 +509,7 @@ def main() -> int:
         checks |= {f"LoRA on weights in {bits} bits": functools.partial(quantised_close, bits) for bits in (4, 8)}
     results: dict[str, object] = {}
     for name, run in checks.items():
-        if options.only not in name:
+        if options.only not in name or PARTS["GB/s" in name] not in options.parts:
             continue
         started = time.perf_counter()
         try:

@@ -82,10 +82,15 @@ class _Said(StoppingCriteria):
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, start: int, stop: str):
         self._tokenizer, self._start, self._stop = tokenizer, start, stop
+        self._said: list[bool] = []
 
     def __call__(self, input_ids_RS: torch.Tensor, scores: torch.Tensor, **_: object) -> torch.Tensor:
-        texts = self._tokenizer.batch_decode(input_ids_RS[:, self._start :], skip_special_tokens=True)
-        return torch.tensor([self._stop in text for text in texts], device=input_ids_RS.device)
+        self._said = self._said or [False] * len(input_ids_RS)
+        going_on = [row for row, said in enumerate(self._said) if not said]
+        tokens = input_ids_RS[going_on, self._start :]
+        for row, text in zip(going_on, self._tokenizer.batch_decode(tokens, skip_special_tokens=True), strict=True):
+            self._said[row] = self._stop in text
+        return torch.tensor(self._said, device=input_ids_RS.device)
 
 
 def _greedy(
