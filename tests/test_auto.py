@@ -303,7 +303,7 @@ def test_a_table_that_changed_since(monkeypatch, table, model_folder, tmp_path):
     ("sizes", "named", "warned"),
     [((1_000, 20_000), {}, False), ((100, 179), {}, True), ((17_921, 900_000), {}, True), ((100, 180), {}, False),
      ((17_920, 900_000), {}, False), ((100, 150), {"learning_rate": 1e-4}, False),
-     ((100, 150), {"method": "mezo"}, False)],
+     ((100, 150), {"method": "mezo", "learning_rate": 1e-4}, False)],
     ids=["within", "too large", "too small", "ten times", "a tenth", "own rate", "mezo"],
 )  # fmt: skip
 def test_far_from_the_sizes_measured_it_warns_once(monkeypatch, model_folder, tmp_path, caplog, sizes, named, warned):

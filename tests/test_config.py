@@ -9,7 +9,7 @@ import pytest
 import mezo
 from mezo import PRESETS, MeZOConfig, UserError, mezo_finetune, preset
 from mezo.api import build_trainer
-from mezo.config import looks_like_wrong_rate
+from mezo.config import looks_like_rate_of_all_parameters, looks_like_wrong_rate
 from mezo.names import ELSEWHERE
 from tests.conftest import SENTIMENT_ROWS
 from tests.test_cli import error_line, run_cli
@@ -77,11 +77,15 @@ def test_config_survives_json_and_is_frozen():
         ({"learning_rate": 3e-3, "estimator": "fzoo", "num_queries": 8}, False),  # the length of a step
         ({"learning_rate": 1e-2, "use_peft": True}, False),
         ({"learning_rate": 1.0, "use_peft": True}, True),
+        ({"use_peft": True}, True),  # the default is a rate of all parameters
+        ({"use_peft": True, "learning_rate": 1e-5}, False),
+        ({"use_peft": True, "estimator": "fzoo", "num_queries": 8}, False),
     ],
 )
-def test_rates_that_belong_to_the_other_normalisation_are_warned_about(options, warned, model_folder, tmp_path):
+def test_rates_that_belong_to_something_else_are_warned_about(options, warned, model_folder, tmp_path):
     config = MeZOConfig(model_name_or_path=model_folder("bert"), output_dir=str(tmp_path), max_steps=1, **options)
-    assert (looks_like_wrong_rate(config) is not None) == warned
+    found = [looks_like_wrong_rate(config), looks_like_rate_of_all_parameters(config)]
+    assert sum(warning is not None for warning in found) == warned
     if warned:
         with pytest.warns(UserWarning, match="learning_rate"):
             build_trainer(config, SENTIMENT_ROWS)

@@ -387,6 +387,18 @@ def num_cut(caplog):
     return int(lines[0].split()[0]) if lines else 0
 
 
+def test_a_long_prompt_to_generate_from_loses_its_start(caplog):
+    """It leaves room for the new tokens."""
+    tokenizer = make_tokenizer("decoder")
+    rows = [{"prompt": LONG}, {"prompt": "see"}]
+    rewarded = {"objective": "reward", "reward_funcs": ["rewards.py:right"]}
+    encoder = encoder_for(tokenizer, rows, max_length=7, max_new_tokens=3, **rewarded)
+    cut, whole = encoder(rows)
+    assert words(tokenizer, cut.question.prompt) == ["<s>", "that", "people", "see"]
+    assert words(tokenizer, whole.question.prompt) == ["<s>", "see"]
+    assert num_cut(caplog) == 1
+
+
 def test_a_long_prompt_loses_its_start_and_keeps_start_token_and_answer(caplog):
     tokenizer = make_tokenizer("decoder")
     rows = [{"prompt": LONG, "completion": " one two"}, {"prompt": "see", "completion": " one two"}]

@@ -23,7 +23,7 @@ from mezo.activation import activate, invocation_tokens
 from mezo.adapter import add_adapter
 from mezo.auto import size_warning
 from mezo.blackbox import RewardFunction, Rewards, load_reward, make_rewards, reward_names
-from mezo.config import GENERATING, MeZOConfig, looks_like_wrong_rate
+from mezo.config import GENERATING, MeZOConfig, looks_like_rate_of_all_parameters, looks_like_wrong_rate
 from mezo.data import (
     Row,
     TrainData,
@@ -170,9 +170,9 @@ def build_trainer(
         UserError: options, data or a model that cannot work.
         EngineError: SGLang does not start or its servers do not answer.
     """
-    warning = looks_like_wrong_rate(config)
-    if warning is not None:
-        warnings.warn(warning, stacklevel=2)
+    for warning in (looks_like_wrong_rate(config), looks_like_rate_of_all_parameters(config)):
+        if warning is not None:
+            warnings.warn(warning, stacklevel=2)
     config = with_safetensors(config)
     model_config = load_model_config(config)
     tokenizer = load_tokenizer(config)

@@ -411,6 +411,17 @@ def looks_like_wrong_rate(config: MeZOConfig) -> str | None:
     return None
 
 
+def looks_like_rate_of_all_parameters(config: MeZOConfig) -> str | None:
+    """A warning when an adapter is trained at a rate of all parameters, with which it hardly moves, else None."""
+    published = (config.estimator, config.optim, config.normalize_perturbations) == ("spsa", "sgd", False)
+    if not config.use_peft or not published or config.method == "auto" or config.learning_rate >= 5e-6:
+        return None
+    return (
+        f"learning_rate {config.learning_rate:g} is one of all parameters; the paper trains LoRA with 1e-5 to 1e-4, "
+        "prefixes with 1e-3 to 1e-2 (--method auto and mezo tune find one)"
+    )
+
+
 GENERATING = ("f1", "exact_match", "reward")  # objectives
 _POSITIVE = (
     "learning_rate", "head_learning_rate", "epsilon", "lora_alpha", "kv_cache_gb", "max_memory_gb", "adam_epsilon",

@@ -121,7 +121,9 @@ class _Tokens:
         room = self.max_length - len(self.prefix) - num_new_tokens
         if room < 1:
             raise UserError(f"max_new_tokens {num_new_tokens} leaves no room for a prompt in {self.max_length} tokens")
-        return (*self.prefix, *self.ids(text)[-room:])
+        ids = self.ids(text)
+        self.num_truncated += len(ids) > room
+        return (*self.prefix, *ids[-room:])
 
     def encoder_text(self, text: str, keep: int | None = None) -> tuple[int, ...]:
         """Special tokens around a text. Too long: cut at the end, or at the start to save token `keep`."""

@@ -238,6 +238,8 @@ class QuantileClip:
 def scheduled_rate(rate: float, step: int, max_steps: int, kind: str, warmup_steps: int) -> float:
     """Learning rate of step `step`, counted from 0, as transformers' schedulers of the same name give it.
 
+    η s / w in the first w steps; then, with p = (s − w) / (S − w), η, η (1 − p) or η (1 + cos πp) / 2.
+
     Args:
         rate: the highest.
         step: from 0 to `max_steps` − 1.

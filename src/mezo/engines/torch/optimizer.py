@@ -50,7 +50,10 @@ class Momentum:
 
 
 class Adam:
-    """Kingma and Ba, arXiv 1412.6980, algorithm 1."""
+    """m ← β₁ m + (1 − β₁) g, v ← β₂ v + (1 − β₂) g²; the step is m / (1 − β₁ᵗ) / (√(v / (1 − β₂ᵗ)) + ε).
+
+    Kingma and Ba, arXiv 1412.6980, algorithm 1.
+    """
 
     def __init__(self, beta1: float, beta2: float, epsilon: float):
         self._beta1, self._beta2, self._epsilon = beta1, beta2, epsilon
