@@ -76,6 +76,15 @@ def test_missing_file_for_eval_and_evaluation_during_training(capsys, fails, jso
     assert str(missing) in error_line(run_cli(capsys, *arguments))
 
 
+def test_a_file_has_no_split_to_evaluate(fails, jsonl):
+    assert "is one file, without splits" in fails(jsonl(SENTIMENT_ROWS), "--dataset_test_split", "validation")
+
+
+def test_an_untrained_head_is_not_evaluated(capsys, model_folder, jsonl):
+    arguments = ("eval", "--model_name_or_path", model_folder("bert"), "--dataset_name", jsonl(SENTIMENT_ROWS))
+    assert "has no trained classification head" in error_line(run_cli(capsys, *arguments))
+
+
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
 @pytest.mark.parametrize(
     ("line", "said"),

@@ -247,7 +247,9 @@ def test_merge_and_replay_refuse_what_they_cannot_do(capsys, model_folder, tmp_p
     mezo(capsys, *train_arguments(model_folder("bert"), data, run, *MASKED, *FULL, steps=2))
     kept = {p: p.stat().st_mtime_ns for p in run.rglob("*")}
     merge = ("merge", "--adapter_name_or_path", run, "--output_dir", tmp_path / "merged")
-    assert "no adapter in" in error_line(run_cli(capsys, *merge))
+    line = error_line(run_cli(capsys, *merge))
+    assert "no adapter in" in line
+    assert "is a whole model" in line
     assert "exists already" in error_line(run_cli(capsys, "replay", run, "--output_dir", run))
     assert "exists already" in error_line(run_cli(capsys, *merge[:-1], run))
     assert "steps 0 to 2" in error_line(run_cli(capsys, "replay", run, "--output_dir", tmp_path / "w", "--step", 3))

@@ -1,5 +1,6 @@
 """Defaults, presets and warnings of the configuration."""
 
+import contextlib
 import dataclasses
 import inspect
 import re
@@ -89,6 +90,26 @@ def test_rates_that_belong_to_something_else_are_warned_about(options, warned, m
     if warned:
         with pytest.warns(UserWarning, match="learning_rate"):
             build_trainer(config, SENTIMENT_ROWS)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"peft_type": "prefix_tuning", "lora_r": 4}, "peft_type, lora_r do nothing without use_peft"),
+        ({"lora_target_modules": ["query"]}, "lora_target_modules does nothing without use_peft"),
+        (
+            {"eval_steps": 2, "load_best_model_at_end": True},
+            "eval_steps, load_best_model_at_end do nothing",
+        ),
+        ({"max_eval_samples": 5}, "max_eval_samples does nothing without rows to evaluate on"),
+        ({"eval_steps": 2, "validation_size": 20}, None),
+        ({"use_peft": True, "learning_rate": 1e-4, "lora_r": 4}, None),
+    ],
+)
+def test_options_without_effect_are_warned_about(options, said, model_folder, tmp_path):
+    config = MeZOConfig(model_name_or_path=model_folder("bert"), output_dir=str(tmp_path), max_steps=1, **options)
+    with pytest.warns(UserWarning, match=said) if said else contextlib.nullcontext():
+        build_trainer(config, SENTIMENT_ROWS)
 
 
 def test_every_public_name_can_be_imported():

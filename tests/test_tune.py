@@ -167,12 +167,21 @@ def test_the_papers_configs_run(path, model_folder, jsonl, tmp_path):
 )
 def test_a_best_rate_at_the_edge_of_the_grid_is_said(config, monkeypatch, capsys, best, said):
     rates = sorted((1e-5, 1e-4, 1e-3), key=lambda rate: rate != best)
-    trials = [Trial(rate, 1e-3, f"runs/{rate}", 10, 0.5) for rate in rates]
+    trials = [Trial(rate, 1e-3, f"runs/{rate}", 10, 0.6 if rate == best else 0.5) for rate in rates]
     monkeypatch.setattr(commands, "run_tune", lambda *_: trials)
     commands.tune(config, TuneOptions(), [])
     output = capsys.readouterr().out
     assert ("that was tried" in output) == (said is not None)
     assert said is None or said in output
+
+
+def test_candidates_that_do_not_differ_are_not_ranked(config, monkeypatch, capsys):
+    trials = [Trial(rate, 1e-3, f"runs/{rate}", 10, 0.5) for rate in (1e-5, 1e-4)]
+    monkeypatch.setattr(commands, "run_tune", lambda *_: trials)
+    commands.tune(config, TuneOptions(), [])
+    output = capsys.readouterr().out
+    assert "is the same for all; more steps" in output
+    assert "that was tried" not in output
 
 
 def test_there_is_a_config_for_each_preset():

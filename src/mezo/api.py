@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
-from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME
+from peft.utils.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
@@ -23,7 +23,13 @@ from mezo.activation import activate, invocation_tokens
 from mezo.adapter import add_adapter
 from mezo.auto import size_warning
 from mezo.blackbox import RewardFunction, Rewards, load_reward, make_rewards, reward_names
-from mezo.config import GENERATING, MeZOConfig, looks_like_rate_of_all_parameters, looks_like_wrong_rate
+from mezo.config import (
+    GENERATING,
+    MeZOConfig,
+    does_nothing,
+    looks_like_rate_of_all_parameters,
+    looks_like_wrong_rate,
+)
 from mezo.data import (
     Row,
     TrainData,
@@ -171,8 +177,8 @@ def build_trainer(
         EngineError: SGLang does not start or its servers do not answer.
     """
     for warning in (looks_like_wrong_rate(config), looks_like_rate_of_all_parameters(config)):
-        if warning is not None:
-            warnings.warn(warning, stacklevel=2)
+        _warn(warning)
+    _check_split(config, train_dataset, eval_dataset)
     config = with_safetensors(config)
     model_config = load_model_config(config)
     tokenizer = load_tokenizer(config)
@@ -209,6 +215,7 @@ def build_trainer(
         )
         eval_examples = _answerable(config, eval_encoder(eval_rows))
     _check_metric(config, eval_examples)
+    _warn(does_nothing(config, evaluates=eval_examples is not None))
     if config.lora_variant == "alora":
         tokens = config.alora_invocation_tokens or invocation_tokens(train_examples)
         config = dataclasses.replace(config, alora_invocation_tokens=tokens)
@@ -233,6 +240,12 @@ def build_trainer(
     return MeZOTrainer(config, engine, train_examples, eval_examples, header, callbacks, rewards=rewards)
 
 
+def _warn(warning: str | None) -> None:
+    """Of what the caller of `build_trainer` names."""
+    if warning is not None:
+        warnings.warn(warning, stacklevel=3)
+
+
 def reports_on_test_split(
     config: MeZOConfig, train: TrainData | None = None, evaluation: TrainData | None = None
 ) -> bool:
@@ -244,6 +257,18 @@ def reports_on_test_split(
     source = train if train is not None else config.dataset_name
     in_splits = source is None or (isinstance(source, (str, Path)) and not Path(source).is_file())
     return evaluation is None and in_splits
+
+
+def _check_split(config: MeZOConfig, train: TrainData | None, evaluation: TrainData | None) -> None:
+    """A single file would be evaluated whole, whatever split is named."""
+    source = train if train is not None else config.dataset_name
+    named = config.dataset_test_split not in (None, config.dataset_train_split)
+    in_file = isinstance(source, (str, Path)) and Path(source).is_file()
+    if named and in_file and evaluation is None and config.eval_dataset_name is None:
+        raise UserError(
+            f"dataset_test_split {config.dataset_test_split!r}: {str(source)!r} is one file, without splits; "
+            "validation_size holds rows out, eval_dataset_name names others"
+        )
 
 
 def _check_columns(train: Dataset, evaluation: Dataset) -> None:
@@ -459,7 +484,7 @@ def summary(run: str | Path) -> dict[str, object]:
         "steps": f"{len(steps)} of {config.max_steps}",
     }  # fmt: skip
     if steps:
-        window = min(100, len(steps))
+        window = max(1, min(100, len(steps) // 2))
         facts["loss, first steps"] = mean_loss([r for records in steps[:window] for r in records])
         facts["loss, last steps"] = mean_loss([r for records in steps[-window:] for r in records])
         asked = len(make_estimator(config).probes(0)) * sum(records[0].num_tokens for records in steps)
@@ -537,7 +562,13 @@ def eval_model(config: MeZOConfig, adapter: str | Path | None = None, dataset: T
         demonstrations=load_demonstrations(config, dataset, task),
     )
     examples = encoder(rows)
-    model: PreTrainedModel | PeftModel = load_model(config, encoder.kind, encoder.labels).model
+    loaded = load_model(config, encoder.kind, encoder.labels)
+    model: PreTrainedModel | PeftModel = loaded.model
+    if loaded.fresh_modules and adapter is None:
+        raise UserError(
+            f"{config.model_name_or_path!r} has no trained classification head; with template and label_words its own "
+            "head reads the label"
+        )
     if adapter is not None:
         model = load_adapter(model, adapter)
         tokens = getattr(model.peft_config["default"], "alora_invocation_tokens", None)
@@ -578,6 +609,8 @@ def load_adapter(model: PreTrainedModel, adapter: str | Path) -> PeftModel:
         if hub_file(str(adapter), SAFETENSORS_WEIGHTS_NAME) is None:  # PEFT would look for pickled ones
             if hub_file(str(adapter), "config.json") is not None:
                 raise UserError(f"adapter_name_or_path {str(adapter)!r} is a whole model: name it model_name_or_path")
+            if not Path(adapter).is_dir():
+                raise UserError(f"adapter_name_or_path {str(adapter)!r}: no folder of that name, none found on the Hub")
             raise UserError(
                 f"adapter_name_or_path {str(adapter)!r}: no {SAFETENSORS_WEIGHTS_NAME}; pickled weights "
                 "(adapter_model.bin) can run code and are not loaded"
@@ -605,6 +638,9 @@ def merge(adapter: str | Path, output_dir: str | Path, *, model_name_or_path: st
     """
     if Path(output_dir).exists():
         raise UserError(f"output_dir {str(output_dir)!r} exists already")
+    if Path(adapter).is_dir() and not (Path(adapter) / CONFIG_NAME).exists():  # PEFT would ask the Hub
+        what = "is a whole model" if (Path(adapter) / "config.json").exists() else f"has no {CONFIG_NAME}"
+        raise UserError(f"no adapter in {str(adapter)!r}: it {what}")
     try:
         peft_config = PeftConfig.from_pretrained(str(adapter))
     except (OSError, ValueError) as error:

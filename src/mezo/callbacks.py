@@ -201,7 +201,7 @@ class ProgressCallback(TrainerCallback):
             self._progress.update(self._task, figures=figures)
         if "eval_loss" in logs:
             figures = "  ".join(f"{name} {value:.4f}" for name, value in logs.items() if name.startswith("eval_"))
-            self._progress.console.print(f"step {state.global_step}: {figures}", highlight=False)
+            self._progress.console.print(f"step {state.global_step}: {figures}", highlight=False, soft_wrap=True)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object

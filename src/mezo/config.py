@@ -422,6 +422,25 @@ def looks_like_rate_of_all_parameters(config: MeZOConfig) -> str | None:
     )
 
 
+def does_nothing(config: MeZOConfig, *, evaluates: bool) -> str | None:
+    """A warning about options that are named and have no effect in this run, else None.
+
+    Args:
+        config: the run.
+        evaluates: whether it has rows to evaluate on.
+    """
+    for names, wanted, there in (
+        (_OF_ADAPTERS, "use_peft; all parameters are trained", config.use_peft or config.engine == "sglang"),
+        (_OF_EVALUATION, "rows to evaluate on (validation_size holds some out)", evaluates),
+    ):
+        named = [name for name in names if getattr(config, name) != getattr(MeZOConfig, name, None)]
+        if named and not there:
+            return f"{', '.join(named)} {'do' if len(named) > 1 else 'does'} nothing without {wanted}"
+    return None
+
+
+_OF_ADAPTERS = ("peft_type", "lora_r", "lora_alpha", "lora_target_modules", "num_virtual_tokens")
+_OF_EVALUATION = ("eval_steps", "eval_on_start", "load_best_model_at_end", "max_eval_samples", "num_demonstrations")
 GENERATING = ("f1", "exact_match", "reward")  # objectives
 _POSITIVE = (
     "learning_rate", "head_learning_rate", "epsilon", "lora_alpha", "kv_cache_gb", "max_memory_gb", "adam_epsilon",

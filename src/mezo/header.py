@@ -82,11 +82,13 @@ _SECRET = re.compile(r"(?i)((key|password|secret|credential)s?|token|authorizati
 
 def check_header(recorded: JsonObject, present: JsonObject, path: Path) -> None:
     """A journal continues only on the model, data order and settings that it was started with."""
-    for key in ("rng", "model_digest", "initial_digest", "data_digest"):
-        if recorded[key] != present[key]:
-            raise JournalError(f"{path}: the journal's {key} is {recorded[key]}, this run's is {present[key]}")
     before, now = recorded["config"], present["config"]
     assert isinstance(before, dict) and isinstance(now, dict)
+    for key in ("rng", "model_digest", "initial_digest", "data_digest"):
+        if recorded[key] != present[key]:
+            option = {"model_digest": "model_name_or_path", "data_digest": "dataset_name"}.get(key, "")
+            names = f" ({option} {before.get(option)!r} then, {now.get(option)!r} now)" if option else ""
+            raise JournalError(f"{path}: the journal's {key} is {recorded[key]}, this run's is {present[key]}{names}")
     chosen = OPTIONS if before.get("method") == now.get("method") == "auto" else ()  # maybe by another version's table
     defaults = {f.name: f.default for f in dataclasses.fields(MeZOConfig) if f.default is not dataclasses.MISSING}
     for key, value in {**defaults, **before}.items():  # options that are younger than the journal

@@ -111,6 +111,7 @@ class MeZOTrainer:
         )
         self._journal: journal.Journal | None = None
         self._recent: list[Record] = []  # since the last log entry
+        self._last_metrics: Metrics | None = None  # of the present weights, if they were evaluated
         self._log_time = time.perf_counter()
         # Since the last log entry. A GPU's update may still run when it returns; it counts with the next losses then.
         self._seconds = {"forward": 0.0, "update": 0.0}
@@ -202,6 +203,7 @@ class MeZOTrainer:
         while self.state.global_step < self.config.max_steps and not self.control.should_training_stop:
             self._event("on_step_begin")
             try:
+                self._last_metrics = None
                 records = self.step()
             except NonFiniteLossError:
                 self._save_checkpoint()
@@ -230,13 +232,16 @@ class MeZOTrainer:
         """Final evaluation, and the final weights at the root of the run's folder."""
         best = self._best_checkpoint()
         if self.config.load_best_model_at_end and best is not None:
+            self._last_metrics = None
             if not checkpoint.is_whole(best):
                 raise UserError(
                     f"{best}, the best checkpoint, is damaged or missing. All steps are in the journal: mezo replay "
                     f"with --step {self.state.best_global_step} makes these weights anew"
                 )
             self.engine.load(best)
-        metrics = self._metrics(self.eval_examples) if self.eval_examples is not None else None
+        metrics = self._last_metrics
+        if metrics is None and self.eval_examples is not None:
+            metrics = self._metrics(self.eval_examples)
         checkpoint.write_files(self.run, lambda folder: self._write(folder, metrics))
         last = journal.read(self._journal_path).steps[-self.config.logging_steps :]
         return TrainResult(
@@ -282,7 +287,7 @@ class MeZOTrainer:
     def _evaluate(self) -> None:
         assert self.eval_examples is not None
         started = time.perf_counter()
-        metrics = self._metrics(self.eval_examples)
+        metrics = self._last_metrics = self._metrics(self.eval_examples)
         logs = {f"eval_{name}": value for name, value in metrics.measured.items() if name != "num_examples"}
         self._log(logs)
         self.control = self.callbacks.on_evaluate(self.args, self.state, self.control, dict(logs))

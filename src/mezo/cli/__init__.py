@@ -45,8 +45,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(0)
     name, *rest = arguments
     if name not in COMMANDS:
-        nearest = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.0)[0]
-        _fail(f"unknown command {name!r}; the nearest one is {nearest!r}", code=2)
+        nearest = difflib.get_close_matches(name, COMMANDS, n=1)
+        known = f"the nearest one is {nearest[0]!r}" if nearest else f"there are {', '.join(COMMANDS)}"
+        _fail(f"unknown command {name!r}; {known}", code=2)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it if it is there, and it talks
     try:
         with _terminable():

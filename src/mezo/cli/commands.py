@@ -99,7 +99,10 @@ def tune(config: MeZOConfig, options: TuneOptions, arguments: Sequence[str]) -> 
     if best.metric is None:
         raise UserError("every candidate diverged; try smaller learning rates")
     rates = sorted({trial.learning_rate for trial in trials})
-    if best.learning_rate in (rates[0], rates[-1]):
+    as_far = [trial.metric for trial in trials if trial.steps == best.steps]
+    if len(as_far) > 1 and set(as_far) == {best.metric}:
+        print(f"{name} is the same for all; more steps, or more rows to evaluate on, may tell them apart")
+    elif best.learning_rate in (rates[0], rates[-1]):
         which, further = ("highest", "higher") if best.learning_rate == rates[-1] else ("lowest", "lower")
         print(f"the best learning_rate is the {which} that was tried; {further} ones may be better")
     if config.lr_scheduler_type != "constant":  # its rate has come down

@@ -32,7 +32,8 @@ def steps(run: Run) -> list[Finding]:
         advice = f"A new run with --learning_rate {short(run.config.learning_rate / 10)}"
         return [Finding("problem", "steps", evidence, advice), *rate_of_paper(run, lower=True)]
     if done < FEWEST_STEPS:
-        return [Finding("note", "steps", f"{done} of {goal:,} steps; below {FEWEST_STEPS} nothing is judged.", resume)]
+        further = resume if done < goal else f"{resume} --max_steps {10 * FEWEST_STEPS}"
+        return [Finding("note", "steps", f"{done} of {goal:,} steps; below {FEWEST_STEPS} nothing is judged.", further)]
     if done < goal:
         return [Finding("note", "steps", f"{done:,} of {goal:,} steps so far.", f"If it is not running: {resume}")]
     return []

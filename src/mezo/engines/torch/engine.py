@@ -461,7 +461,6 @@ class TorchEngine:
     def _costs(self) -> Costs:
         """What decides how batches are cut, as the engine is now."""
         return Costs(
-            own=100 if isinstance(self.model, PeftModel) else 500,
             token_flops=self._token_flops,
             on_gpu=self._graphs is not None,
             is_float32=self._is_float32,

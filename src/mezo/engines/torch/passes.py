@@ -16,6 +16,8 @@ MOST_LOGITS = 1 << 29  # of a pass, where losses read many positions
 LARGE_FLOPS = 2e9
 # A pass is not shorter than about a millisecond, in which a GPU does as many floating-point operations.
 LAUNCH_FLOPS, LAUNCH_FLOPS_FLOAT32 = 5e11, 5e10
+# What one more pass costs, in tokens: reading the weights, and on a GPU forming them where dense directions are.
+PASS_TOKENS, FORMING_TOKENS = 100, 500
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +25,6 @@ class Costs:
     """What forward passes of a model cost.
 
     Args:
-        own: of one more pass, in tokens: a dense direction is drawn anew in each.
         token_flops: floating-point operations of a token.
         on_gpu: whether kernels are launched, and small passes become CUDA graphs.
         is_float32: whether the model is.
@@ -31,7 +32,6 @@ class Costs:
         vocab_size: logits of each position that is read; None where a head gives classes.
     """
 
-    own: int
     token_flops: float
     on_gpu: bool
     is_float32: bool
@@ -41,9 +41,10 @@ class Costs:
     def of_pass(self, num_probes: int) -> int:
         """What one more pass costs, in tokens of one probe; a small model's takes as long as launching its kernels."""
         if not self.on_gpu:
-            return self.own
+            return PASS_TOKENS
+        own = FORMING_TOKENS if self.forms_weights else PASS_TOKENS
         flops = LAUNCH_FLOPS_FLOAT32 if self.is_float32 else LAUNCH_FLOPS
-        return max(self.own, int(min(FILLING_TOKENS, flops / self.token_flops) / num_probes))
+        return max(own, int(min(FILLING_TOKENS, flops / self.token_flops) / num_probes))
 
     def is_small(self, tokens: int) -> bool:
         """Whether a pass of as many tokens may cost more to launch than to run."""
@@ -108,8 +109,7 @@ def length_groups(
 
     Args:
         shapes: rows and longest row, in tokens, of each example.
-        pass_cost: what one more pass costs, in tokens. A dense direction is drawn anew in each pass, which on a CPU
-            takes as long as some 75 tokens and on a GPU as long as some 700; an adapter's costs little.
+        pass_cost: what one more pass costs, in tokens.
         most_tokens: rows × longest row of a pass, unless it has one example only.
         step: the number of examples of a pass is a multiple of it, but for the one with the longest rows.
         common: tokens that all rows begin with; a pass computes them once, in one more pass, where that costs less.
