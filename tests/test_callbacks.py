@@ -1,5 +1,6 @@
 """transformers' callbacks see the events, state and logs that its own Trainer would give them."""
 
+import dataclasses
 import io
 import logging
 import math
@@ -14,6 +15,7 @@ from mezo.api import build_trainer
 from mezo.callbacks import ProgressCallback
 from mezo.cli import commands
 from mezo.config import MeZOConfig
+from mezo.evaluation import evaluate
 from tests.conftest import SENTIMENT_ROWS
 
 
@@ -86,6 +88,17 @@ def test_a_callback_can_stop_the_run_and_it_can_go_on(config):
             control.should_training_stop = state.global_step == 3
 
     assert build_trainer(config, SENTIMENT_ROWS[:64], SENTIMENT_ROWS[64:], [Stop()]).train().global_step == 3
+
+
+@pytest.mark.parametrize(("steps", "expected"), [(4, 2), (5, 3)], ids=["at an evaluation", "after one"])
+def test_the_last_weights_are_evaluated_once(config, monkeypatch, steps, expected):
+    config = dataclasses.replace(config, max_steps=steps, eval_steps=2, load_best_model_at_end=False)
+    trainer = build_trainer(config, SENTIMENT_ROWS, SENTIMENT_ROWS)
+    counted, scored = [], trainer.engine.score
+    monkeypatch.setattr(trainer.engine, "score", lambda examples: counted.append(1) or scored(examples))
+    found = trainer.train().metrics
+    assert len(counted) == expected
+    assert found.loss == evaluate(trainer.engine, trainer.eval_examples).loss
 
 
 def test_early_stopping_of_transformers_works(config):

@@ -206,6 +206,16 @@ def test_what_is_read_is_learned_from_one_example(model_folder, monkeypatch):
     assert min(seen) > 2 * examples[0].num_tokens
 
 
+def test_what_a_pass_costs():
+    """Of OPT-13B on a GPU about what the rows of gpu_step.csv say: 105 tokens by low rank or LoRA, more by dense z."""
+    large = {"token_flops": 2.6e10, "is_float32": False, "vocab_size": 50272}
+    assert passes.Costs(on_gpu=True, forms_weights=False, **large).of_pass(2) == 100
+    assert passes.Costs(on_gpu=True, forms_weights=True, **large).of_pass(2) == 500
+    assert passes.Costs(on_gpu=False, forms_weights=True, **large).of_pass(2) == 100
+    small = {**large, "token_flops": 2.5e8}
+    assert passes.Costs(on_gpu=True, forms_weights=False, **small).of_pass(2) == 1000
+
+
 def test_length_groups_keep_to_the_limit():
     shapes = [(2, 10), (2, 30), (1, 25), (3, 10), (9, 100)]
     assert length_groups(shapes, 10_000) == [[0, 3, 2, 1, 4]]
