@@ -7,7 +7,8 @@ Curves are those of each method at the learning rate that its held-out rows chos
 smallest and the largest as a band. A curve reaches an accuracy where two evaluations in a row have it, since the best
 of twenty noisy ones has it too early. Seconds are steps times what a step takes with nothing beside it, evaluations not
 counted, on the device and at the commit that the file has the most methods of; those of a method that was timed beside
-plain MeZO elsewhere are scaled by plain MeZO's.
+plain MeZO elsewhere are scaled by plain MeZO's. Another ε, clipping or another schedule leaves a step's work as it is:
+where a method was not timed, one that differs by these alone stands for it, also for plain MeZO.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from methods_schedule import read
-from methods_settings import FIRST_ORDER, METHODS, TWINS, best_rate, key, rates, tried_rates
+from methods_settings import FIRST_ORDER, METHODS, TWINS, best_rate, key, options_of, rates, tried_rates
 
 Row = dict[str, str]
 # The models' README: accuracy by step, seed 0, an independent implementation.
@@ -93,16 +94,35 @@ def finals(found: list[Row]) -> dict[str, dict[str, Finals]]:
 def _step_seconds(found: list[Row], task: str, method: str) -> float:
     timed = [row for row in found if (row["phase"], row["task"]) == ("time", task) and row["step"] != "0"]
     runs = Counter(run for run, _ in {((r["device"], r["commit"]), r["method"]) for r in timed})
-    ours, plain = (
-        {(r["device"], r["commit"]): float(r["milliseconds_per_step"]) / 1e3 for r in timed if r["method"] == name}
-        for name in (method, "mezo")
-    )
+    plain, ours = _times(timed, "mezo"), _times(timed, method)
     beside = [run for run in plain or ours if run in ours]
-    if not beside:
+    own = {(row["device"], row["commit"]) for row in timed if row["method"] == method}
+    measured = [run for run in beside if run in own] or beside
+    if not measured:
         return math.nan
     reference = max(plain or ours, key=runs.__getitem__)
-    run = reference if reference in beside else beside[-1]
+    run = reference if reference in measured else measured[-1]
     return ours[run] * (plain[reference] / plain[run] if plain else 1.0)
+
+
+def _times(timed: list[Row], method: str) -> dict[tuple[str, str], float]:
+    """Seconds of a step by run: the method's own, or else the median of those that do the same."""
+    own: dict[tuple[str, str], float] = {}
+    same: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for row in timed:
+        run, seconds = (row["device"], row["commit"]), float(row["milliseconds_per_step"]) / 1e3
+        if _work(row["method"]) == _work(method):
+            same[run].append(seconds)
+        if row["method"] == method:
+            own[run] = seconds
+    return {run: own.get(run, statistics.median(of)) for run, of in same.items()}
+
+
+def _work(method: str) -> dict[str, Any]:
+    """What decides how long a step takes: all options but those that only decide how far it goes."""
+    first = {"method": FIRST_ORDER} if method.startswith(FIRST_ORDER) else {}
+    kept = {k: v for k, v in options_of(method).items() if k not in ("epsilon", "clip_quantile", "lr_scheduler_type")}
+    return first | kept
 
 
 def goal_of(methods: dict[str, Finals]) -> float:
