@@ -21,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from mezo import cli, journal
 from mezo.config import PRESETS, MeZOConfig
+from mezo.errors import UserError
 from tests.conftest import SENTIMENT_ROWS
 
 LABEL_WORDS = ("--label_words", "0", "terrible", "1", "great")
@@ -354,6 +355,19 @@ def test_every_field_of_the_config_can_come_from_a_file_that_another_run_recorde
         model_name_or_path="m", label_words={"0": "bad", "1": "good"}, lora_target_modules=["q", "v"], epsilon=0.01
     )
     assert cli.parse_train(["--config", config_file(json.dumps(config.to_dict()))]) == config
+
+
+@pytest.mark.parametrize(
+    "words", [('{"0": "bad", "1": "good"}',), ("{0: 'bad', 1: 'good'}",), ("0", "bad", "1", "good")]
+)
+def test_label_words_as_in_python_and_as_pairs(words):
+    config = cli.parse_train(["--model_name_or_path", "m", "--label_words", *words, "--seed", "3"])
+    assert (config.label_words, config.seed) == ({"0": "bad", "1": "good"}, 3)
+
+
+def test_label_words_that_are_no_mapping():
+    with pytest.raises(UserError, match="write label and word in turn"):
+        cli.parse_train(["--model_name_or_path", "m", "--label_words", "{0: bad"])
 
 
 @pytest.mark.parametrize(

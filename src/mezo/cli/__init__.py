@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import dataclasses
 import difflib
@@ -262,9 +263,28 @@ def _parse(
         if name.removeprefix("no_") not in (*names, "help"):
             raise UserError(unknown_key_message(name, [*names, *extra]).replace("'", ""))
     parsed: _Options = tyro.cli(
-        options, args=argv, prog=prog, default=default, config=(tyro.conf.OmitArgPrefixes,), use_underscores=True
+        options,
+        args=_words_apart(argv),
+        prog=prog,
+        default=default,
+        config=(tyro.conf.OmitArgPrefixes,),
+        use_underscores=True,
     )  # type: ignore[assignment]  # tyro's overload for a default that may be None
     return parsed
+
+
+def _words_apart(argv: list[str]) -> list[str]:
+    """Label words that are written as in Python or JSON, `{"0": "bad"}`, as tyro takes them: `0 bad`."""
+    for i, argument in enumerate(argv[1:], start=1):
+        if argv[i - 1].replace("-", "_") == "__label_words" and argument.startswith("{"):
+            try:
+                words = ast.literal_eval(argument)
+            except (ValueError, SyntaxError):
+                words = None
+            if not isinstance(words, dict):
+                raise UserError(f"--label_words {argument}: write label and word in turn: 0 terrible 1 great")
+            return [*argv[:i], *(str(part) for pair in words.items() for part in pair), *argv[i + 1 :]]
+    return argv
 
 
 def _options(argv: Sequence[str]) -> list[str]:
