@@ -122,7 +122,11 @@ class Curve(TrainerCallback):
 
 @functools.cache
 def rows_of(task_name: str, data: Path, validation: bool) -> Rows:
-    with gzip.open(data / TASKS[task_name]["data"][validation], "rt", encoding="utf-8") as lines:
+    return rows_in(data / TASKS[task_name]["data"][validation])
+
+
+def rows_in(path: Path) -> Rows:
+    with gzip.open(path, "rt", encoding="utf-8") as lines:
         return [json.loads(line) for line in lines]
 
 

@@ -13,8 +13,6 @@ run ends.
 
 import argparse
 import dataclasses
-import gzip
-import json
 import logging
 import math
 import statistics
@@ -27,7 +25,7 @@ from typing import Any
 import plain_rows  # noqa: F401  before mezo: stands in for a package that may be missing
 import torch
 import yaml
-from methods import adamw_steps
+from methods import adamw_steps, rows_in
 from methods_schedule import append
 from provenance import provenance
 from transformers import TrainerCallback
@@ -63,9 +61,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
-    with gzip.open(path, "rt", encoding="utf-8") as lines:
-        rows = [json.loads(line) for line in lines]
-    return [row for row in rows if len(row["context"].split()) <= MOST_WORDS]
+    return [row for row in rows_in(path) if len(row["context"].split()) <= MOST_WORDS]
 
 
 def halves(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

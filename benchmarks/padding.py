@@ -9,9 +9,7 @@ a batch as one pass that is padded to its longest row.
 """
 
 import argparse
-import gzip
 import itertools
-import json
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -21,7 +19,7 @@ from typing import Any
 import plain_rows  # noqa: F401  before mezo: stands in for a package that may be missing
 import torch
 from gpu_step import SHAPES
-from methods import drawn, options_of_task, rows_of
+from methods import drawn, options_of_task, rows_in, rows_of
 from methods_settings import LORA, TASKS
 from provenance import provenance, write
 from transformers import AutoModelForCausalLM
@@ -82,8 +80,7 @@ def of_large_model(arguments: argparse.Namespace) -> Iterator[tuple[dict[str, An
         small = type(SHAPES["tiny"])(**{**SHAPES["tiny"].to_dict(), "vocab_size": SHAPES[LARGE].vocab_size})
         AutoModelForCausalLM.from_config(small, dtype=torch.bfloat16).save_pretrained(folder)
         for task, file in LARGE_TASKS.items():
-            with gzip.open(arguments.data / file, "rt", encoding="utf-8") as lines:
-                train = drawn([json.loads(line) for line in lines], arguments.rows, 0)
+            train = drawn(rows_in(arguments.data / file), arguments.rows, 0)
             for trained, options in (("all", {}), ("low rank", {"direction": "low_rank"}), ("LoRA", LORA)):
                 config = MeZOConfig.from_dict(
                     {"model_name_or_path": folder, "task": task, "max_steps": 1, "output_dir": "unused",

@@ -97,10 +97,7 @@ def test_rates_that_belong_to_something_else_are_warned_about(options, warned, m
     [
         ({"peft_type": "prefix_tuning", "lora_r": 4}, "peft_type, lora_r do nothing without use_peft"),
         ({"lora_target_modules": ["query"]}, "lora_target_modules does nothing without use_peft"),
-        (
-            {"eval_steps": 2, "load_best_model_at_end": True},
-            "eval_steps, load_best_model_at_end do nothing",
-        ),
+        ({"eval_steps": 2, "load_best_model_at_end": True}, "eval_steps, load_best_model_at_end do nothing"),
         ({"max_eval_samples": 5}, "max_eval_samples does nothing without rows to evaluate on"),
         ({"eval_steps": 2, "validation_size": 20}, None),
         ({"use_peft": True, "learning_rate": 1e-4, "lora_r": 4}, None),
